@@ -1,0 +1,178 @@
+"""What a method is: a frozen dataclass that says which blocks of one attention call are computed."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from ..layout import TokenLayout
+from ..mask import BlockMask
+from ..tokens import AttentionCall
+from .kernels import block_sparse_attention
+from .state import MethodState
+
+_REGISTRY: dict[str, type[AttentionMethod]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """What a method decides for one call: the order of the tokens, and the blocks computed in that order.
+
+    Args:
+        layout: The order. Its block is a multiple of both block sizes of the mask.
+        mask: The blocks, over the laid out sequence.
+    """
+
+    layout: TokenLayout
+    mask: BlockMask
+
+    @property
+    def density(self) -> float:
+        """Return the fraction of real (query, key) pairs that is computed, in [0, 1]."""
+        return self.mask.density
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMethod(ABC):
+    """Choose the blocks of an attention call. A method's fields are its parameters, in Python, JSON and the CLI.
+
+    Subclasses are frozen dataclasses, registered by name, and keep nothing between calls but in ``state``.
+    """
+
+    name: ClassVar[str]
+    static: ClassVar[bool] = False
+    """Whether the pattern depends on nothing but the make-up of the tokens."""
+    stock: ClassVar[bool] = False
+    """Whether the method is the model's own attention call, which then is left untouched."""
+
+    @abstractmethod
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        """Choose order and blocks.
+
+        Args:
+            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+            k: ``(B, H, S, D)`` keys, likewise.
+            call: The call.
+            state: What this layer remembers.
+        """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Compute the attention of the pattern.
+
+        Args:
+            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+            k: ``(B, H, S, D)`` keys, likewise.
+            v: ``(B, H, S, D)`` values.
+            call: The call.
+            state: What this layer remembers.
+
+        Returns:
+            ``(B, H, S, D)``, in the dtype of ``q``.
+        """
+        pattern = state.resolve(self, q, k, call)
+        mask = state.mask(pattern, call)
+        state.kept = mask.kept
+        layout = pattern.layout
+        out, _ = block_sparse_attention(
+            layout.apply(q), layout.apply(k), layout.apply(v), mask, scale=call.scale, kernel=state.kernel
+        )
+        return layout.undo(out)
+
+
+Method = TypeVar("Method", bound=type[AttentionMethod])
+
+
+def register(name: str) -> Callable[[Method], Method]:
+    """Make a method known by a name.
+
+    Args:
+        name: Lower case, as in ``get_method(name)``.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def add(cls: Method) -> Method:
+        if name in _REGISTRY:
+            raise ValueError(f"a method named {name!r} is registered already: {_REGISTRY[name].__name__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> tuple[str, ...]:
+    """List the names of all methods, in the order in which they were registered."""
+    return tuple(_REGISTRY)
+
+
+def method_class(name: str) -> type[AttentionMethod]:
+    """Return the class of a method.
+
+    Args:
+        name: One of ``list_methods()``.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown method {name!r}{_suggest(name, _REGISTRY)}; methods are: {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def get_method(name: str, **parameters: Any) -> AttentionMethod:
+    """Make a method.
+
+    Args:
+        name: One of ``list_methods()``.
+        **parameters: Fields of the method, such as ``density``.
+
+    Raises:
+        ValueError: There is no such method, or a value is out of range.
+        TypeError: The method has no such field.
+    """
+    cls = method_class(name)
+    known = [f.name for f in fields(cls)]
+    for field_name in parameters:
+        if field_name not in known:
+            has = f"it has: {', '.join(known)}" if known else "it has none"
+            raise TypeError(f"method {name!r} has no field {field_name!r}{_suggest(field_name, known)}; {has}")
+    return cls(**parameters)
+
+
+def check_density(density: float) -> None:
+    """Check a fraction of blocks to keep.
+
+    Args:
+        density: In (0, 1].
+
+    Raises:
+        ValueError: It is outside (0, 1].
+    """
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}; write 0.25 to keep 25 % of the blocks")
+
+
+def check_block_size(name: str, value: int) -> None:
+    """Check a number of tokens per block.
+
+    Args:
+        name: What it is called, for the error.
+        value: A power of two in [16, 256].
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (16, 32, 64, 128, 256):
+        raise ValueError(f"{name} must be a power of two in [16, 256], got {value!r}; 128 and 64 are the fast ones")
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,43 @@
+"""The baseline: the model's own attention call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout import TokenLayout
+from ..mask import BlockMask
+from ..tokens import AttentionCall
+from .base import AttentionMethod, Pattern, register
+from .state import MethodState
+
+BLOCK = 128
+
+
+@register("dense")
+@dataclass(frozen=True, kw_only=True)
+class Dense(AttentionMethod):
+    """Attend to everything: inside a pipeline this is the stock attention call, untouched."""
+
+    static: ClassVar[bool] = True
+    stock: ClassVar[bool] = True
+
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        """Keep every block, in raster order.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            call: The call.
+            state: Not used.
+        """
+        layout = TokenLayout.build(call.tokens, block=BLOCK, device=q.device)
+        lengths = layout.lengths()
+        blocks = torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device=q.device)
+        mask = BlockMask.from_dense(
+            blocks, block_q=BLOCK, block_k=BLOCK, lengths_q=lengths[None], lengths_k=lengths[None]
+        )
+        return Pattern(layout, mask)

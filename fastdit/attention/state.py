@@ -1,0 +1,119 @@
+"""What a method may remember, and where patterns are kept between calls. The handle owns all of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..mask import BlockMask
+from ..tokens import AttentionCall
+
+if TYPE_CHECKING:
+    from .base import AttentionMethod, Pattern
+
+MAX_STATIC_PATTERNS = 32
+
+
+@dataclass
+class PatternCache:
+    """Keep the static patterns of one handle: one per method, token make-up and device, the latest 32 of them."""
+
+    patterns: OrderedDict[Any, Pattern] = field(default_factory=OrderedDict)
+    shortened: dict[int, tuple[Pattern, BlockMask]] = field(default_factory=dict)
+    padding: Tensor | None = None
+
+    def static(self, key: Any, build: Callable[[], Pattern]) -> Pattern:
+        """Return the pattern stored under a key, building it at the first call.
+
+        Args:
+            key: Anything hashable that names the pattern.
+            build: Makes the pattern.
+        """
+        if key not in self.patterns:
+            self.patterns[key] = build()
+            while len(self.patterns) > MAX_STATIC_PATTERNS:
+                self.patterns.popitem(last=False)
+        self.patterns.move_to_end(key)
+        return self.patterns[key]
+
+    def without_padding(self, pattern: Pattern, padding: Tensor) -> BlockMask:
+        """Return a pattern's mask with padded keys taken out, computed once per pattern and forward pass.
+
+        Args:
+            pattern: The pattern.
+            padding: ``(B, S)`` bool, True where a key is padding; the same tensor object for one forward pass.
+        """
+        if self.padding is not padding:
+            self.shortened.clear()
+            self.padding = padding
+        if id(pattern) not in self.shortened:
+            lengths = pattern.layout.lengths_without(padding, pattern.mask.block_k)
+            self.shortened[id(pattern)] = (pattern, pattern.mask.with_lengths_k(lengths))
+        return self.shortened[id(pattern)][1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.patterns.clear()
+        self.shortened.clear()
+        self.padding = None
+
+
+@dataclass
+class MethodState:
+    """Hold what one layer remembers in one guidance branch, from one denoising step to the next.
+
+    Args:
+        cache: Static patterns, shared by all layers.
+        kernel: Name of the kernel to use; ``None`` chooses.
+        refresh: Whether a dynamic pattern is to be rebuilt in this call. The handle sets it from the schedule.
+        pattern: The dynamic pattern of the latest rebuild.
+        memory: Whatever else a method wants to keep.
+        kept: Fraction of (query, key) pairs of the latest call, 0-d fp32 tensor; ``None`` before the first.
+        kernel_used: The kernel that ran the latest call.
+    """
+
+    cache: PatternCache = field(default_factory=PatternCache)
+    kernel: str | None = None
+    refresh: bool = True
+    pattern: Pattern | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    kept: Tensor | None = None
+    kernel_used: str | None = None
+
+    def resolve(self, method: AttentionMethod, q: Tensor, k: Tensor, call: AttentionCall) -> Pattern:
+        """Return the pattern of a call: the cached static one, the one of an earlier step, or a new one.
+
+        Args:
+            method: Whose pattern.
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            call: The call.
+        """
+        if method.static:
+            key = (method, call.tokens, q.device)
+            return self.cache.static(key, lambda: method.pattern(q, k, call, self))
+        if self.refresh or self.pattern is None:
+            with torch.no_grad():
+                self.pattern = method.pattern(q, k, call, self)
+        return self.pattern
+
+    def mask(self, pattern: Pattern, call: AttentionCall) -> BlockMask:
+        """Return the mask a kernel shall run for a call, padded keys taken out.
+
+        Args:
+            pattern: The pattern of the call.
+            call: The call.
+        """
+        if call.key_padding is None:
+            return pattern.mask
+        return self.cache.without_padding(pattern, call.key_padding)
+
+    def reset(self) -> None:
+        """Forget the run: pattern and memory."""
+        self.pattern = None
+        self.memory.clear()

@@ -1,0 +1,198 @@
+"""In which order tokens are computed: a permutation with padding, and its exact inverse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tokens import TokenSpec, VideoGrid
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Put the tokens of a sequence into another order, with padding, and back.
+
+    The video comes first and the text after it, whatever the model's own order. Each part starts on a block
+    boundary, so no video token shares a block with text; the sequence may end inside a block.
+
+    Args:
+        index: ``(1 or H, S_padded)`` int64: the token at each position, -1 for padding. Within a block padding
+            comes last.
+        inverse: ``(1 or H, S)`` int64: the position of each token.
+        block: Tokens per block that the padding was made for.
+        video_blocks: How many blocks, the first ones, hold video.
+        identity: Whether order and length are unchanged, so that nothing has to be copied.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    block: int
+    video_blocks: int
+    identity: bool
+
+    @classmethod
+    def build(
+        cls,
+        tokens: TokenSpec,
+        *,
+        block: int,
+        order: Tensor | None = None,
+        segments: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> TokenLayout:
+        """Lay a sequence out in blocks.
+
+        Args:
+            tokens: What the sequence is made up of.
+            block: Tokens per block, at least 1; every part starts on a multiple of it.
+            order: ``(n,)`` or ``(H, n)`` int64, the video tokens in the order wanted; default: raster order.
+            segments: ``(M,)`` int64, lengths of consecutive runs of ``order`` (the tiles, say), each of which is
+                padded to a multiple of ``block``; default: one run.
+            device: Where the index tensors shall be.
+
+        Raises:
+            ValueError: ``order`` is not a permutation of the video tokens, or ``segments`` do not add up to them.
+        """
+        count = tokens.grid.num_tokens
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+        order = torch.arange(count) if order is None else order.cpu()
+        order = order.view(-1, order.shape[-1])
+        if not torch.equal(order.sort(-1).values, torch.arange(count).expand_as(order)):
+            raise ValueError(f"order must list each of the {count} video tokens exactly once")
+        segments = torch.tensor([count]) if segments is None else segments.cpu()
+        if int(segments.sum()) != count or int(segments.min()) < 1:
+            raise ValueError(f"segments must be positive and add up to {count} tokens, got {segments.tolist()}")
+        padded = (segments + block - 1) // block * block
+        starts = padded.cumsum(0) - padded
+        within = torch.arange(count) - (segments.cumsum(0) - segments).repeat_interleave(segments)
+        position = starts.repeat_interleave(segments) + within
+        video_blocks = int(padded.sum()) // block
+        end = int(position[-1]) + 1 if tokens.text_tokens == 0 else video_blocks * block + tokens.text_tokens
+        index = torch.full((order.shape[0], end), -1, dtype=torch.int64)
+        index[:, position] = order + tokens.video.start
+        if tokens.text_tokens:
+            index[:, video_blocks * block :] = torch.arange(tokens.text.start, tokens.text.stop)
+        inverse = torch.empty(order.shape[0], tokens.num_tokens, dtype=torch.int64)
+        rows, positions = (index >= 0).nonzero(as_tuple=True)
+        inverse[rows, index[rows, positions]] = positions
+        natural = torch.arange(tokens.num_tokens)
+        identity = end == tokens.num_tokens and bool((index == natural).all())
+        return cls(index.to(device), inverse.to(device), block, video_blocks, identity)
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens of the sequence, without padding."""
+        return self.inverse.shape[-1]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Count the positions of the laid out sequence, with padding."""
+        return self.index.shape[-1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Count the blocks of the laid out sequence, video and text."""
+        return math.ceil(self.padded_tokens / self.block)
+
+    def lengths(self, block: int | None = None) -> Tensor:
+        """Count the real tokens of each block: ``(1 or H, N)`` int32.
+
+        Args:
+            block: Tokens per block; default: the layout's own. It must divide the layout's own.
+        """
+        return self._per_block((self.index >= 0).int(), block)
+
+    def lengths_without(self, padding: Tensor, block: int | None = None) -> Tensor:
+        """Count the tokens of each block that are not padding: ``(B, 1 or H, N)`` int32.
+
+        Args:
+            padding: ``(B, S)`` bool, True where a token of the sequence is padding.
+            block: Tokens per block; default: the layout's own. It must divide the layout's own.
+        """
+        real = ~padding[:, self.index.clamp(min=0)] & (self.index >= 0)
+        return self._per_block(real.int(), block)
+
+    def _per_block(self, real: Tensor, block: int | None) -> Tensor:
+        block = self.block if block is None else block
+        if self.block % block:
+            raise ValueError(f"blocks of {block} do not fit a layout in blocks of {self.block}")
+        real = torch.nn.functional.pad(real, (0, -real.shape[-1] % block))
+        return real.unflatten(-1, (-1, block)).sum(-1, dtype=torch.int32)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Put tokens into this order; padding becomes 0.
+
+        Args:
+            x: ``(B, H, S, D)``.
+
+        Returns:
+            ``(B, H, S_padded, D)``; ``x`` itself if nothing changes.
+        """
+        if self.identity:
+            return x
+        index = self.index.clamp(min=0)
+        if index.shape[0] == 1:
+            out = x.index_select(2, index[0])
+        else:
+            out = x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+        if self.padded_tokens == self.num_tokens:
+            return out
+        return out.masked_fill((self.index < 0)[None, :, :, None], 0)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Put tokens back into the model's own order and drop the padding.
+
+        Args:
+            x: ``(B, H, S_padded, D)``.
+
+        Returns:
+            ``(B, H, S, D)``; ``x`` itself if nothing changes.
+        """
+        if self.identity:
+            return x
+        if self.inverse.shape[0] == 1:
+            return x.index_select(2, self.inverse[0])
+        return x.gather(2, self.inverse[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def axis_order(grid: VideoGrid, axes: str) -> Tensor:
+    """List the tokens of a video with its axes in another order: ``(n,)`` int64.
+
+    Args:
+        grid: The video tokens.
+        axes: A permutation of ``"fhw"``, slowest axis first. ``"fhw"`` is raster order; ``"hwf"`` keeps all
+            frames of one position together (token-major).
+
+    Raises:
+        ValueError: ``axes`` is no permutation of ``"fhw"``.
+    """
+    if sorted(axes) != ["f", "h", "w"]:
+        raise ValueError(f"axes must be a permutation of 'fhw', got {axes!r}")
+    return torch.arange(grid.num_tokens).view(grid.shape).permute(["fhw".index(a) for a in axes]).flatten()
+
+
+def tile_order(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """List the tokens of a video tile by tile; tiles at the far ends may be smaller.
+
+    Args:
+        grid: The video tokens.
+        tile: ``(frames, height, width)`` of a tile, each at least 1.
+
+    Returns:
+        The order, ``(n,)`` int64, and the true size of each tile, ``(M,)`` int64; tiles and the tokens in them
+        are in raster order.
+
+    Raises:
+        ValueError: A tile axis is smaller than 1.
+    """
+    if min(tile) < 1:
+        raise ValueError(f"a tile needs at least one token along every axis, got {tile}")
+    axes = [torch.arange(n) // t for n, t in zip(grid.shape, tile, strict=True)]
+    counts = [math.ceil(n / t) for n, t in zip(grid.shape, tile, strict=True)]
+    f, h, w = torch.meshgrid(*axes, indexing="ij")
+    tile_of = ((f * counts[1] + h) * counts[2] + w).flatten()
+    return tile_of.sort(stable=True).indices, tile_of.bincount(minlength=math.prod(counts))

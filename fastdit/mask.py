@@ -1,0 +1,217 @@
+"""Which blocks of attention are computed: for each query block, a list of key blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """List, for each query block, the key blocks it attends to.
+
+    A listed block is computed whole, except for its padding: block ``j`` holds ``lengths_k[..., j]`` real keys,
+    which come first. Full blocks are listed before ragged ones and each part is ascending, so that a kernel
+    runs the full ones without masks. Entries of ``indices`` past the count have no meaning.
+
+    Args:
+        indices: ``(B or 1, H or 1, Nq, max_count)`` int32.
+        counts: ``(B or 1, H or 1, Nq)`` int32, key blocks listed in each row.
+        full_counts: ``(B or 1, H or 1, Nq)`` int32, how many of them, the first ones, are full.
+        lengths_q: ``(B or 1, H or 1, Nq)`` int32, real queries in each query block, in [0, block_q].
+        lengths_k: ``(B or 1, H or 1, Nk)`` int32, real keys in each key block, in [0, block_k].
+        block_q: Queries in a block.
+        block_k: Keys in a block.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    full_counts: Tensor
+    lengths_q: Tensor
+    lengths_k: Tensor
+    block_q: int
+    block_k: int
+
+    @classmethod
+    def from_dense(
+        cls,
+        blocks: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        tokens_q: int | None = None,
+        tokens_k: int | None = None,
+        lengths_q: Tensor | None = None,
+        lengths_k: Tensor | None = None,
+        max_count: int | None = None,
+    ) -> BlockMask:
+        """Build the lists from a map of blocks.
+
+        A query block without any key block gets the key block at its own relative position, so that every
+        query attends to something.
+
+        Args:
+            blocks: ``(Nq, Nk)`` or ``(B or 1, H or 1, Nq, Nk)`` bool, True where a block is computed.
+            block_q: Queries in a block, at least 1.
+            block_k: Keys in a block, at least 1.
+            tokens_q: Queries in all, when only the last block may be ragged; default: all blocks are full.
+            tokens_k: Keys in all, likewise.
+            lengths_q: ``(Nq,)`` or ``(B or 1, H or 1, Nq)`` real queries per block, instead of ``tokens_q``.
+            lengths_k: ``(Nk,)`` or ``(B or 1, H or 1, Nk)`` real keys per block, instead of ``tokens_k``.
+            max_count: An upper bound of the blocks in a row, known to the caller. Without it the longest row is
+                looked up, which on a GPU waits for the device.
+
+        Raises:
+            ValueError: A shape, token count or length does not fit the block map.
+            TypeError: ``blocks`` is not bool.
+        """
+        if blocks.dtype != torch.bool:
+            raise TypeError(f"blocks must be bool, got {blocks.dtype}; compare scores with a threshold first")
+        if blocks.ndim == 2:
+            blocks = blocks[None, None]
+        if blocks.ndim != 4 or 0 in blocks.shape:
+            raise ValueError(
+                f"blocks must be (Nq, Nk) or (B or 1, H or 1, Nq, Nk) and not empty, got {tuple(blocks.shape)}"
+            )
+        if block_q < 1 or block_k < 1:
+            raise ValueError(f"block sizes must be at least 1, got block_q={block_q}, block_k={block_k}")
+        num_q, num_k = blocks.shape[-2:]
+        lengths_q = _lengths("q", num_q, block_q, tokens_q, lengths_q, blocks.device)
+        lengths_k = _lengths("k", num_k, block_k, tokens_k, lengths_k, blocks.device)
+        own = torch.arange(num_q, device=blocks.device) * num_k // num_q
+        blocks = blocks.clone()
+        rows = blocks.any(-1, keepdim=True)
+        index = own.view(1, 1, -1, 1).expand(*blocks.shape[:3], 1)
+        blocks.scatter_(3, index, blocks.gather(3, index) | ~rows)
+        return cls._from_rows(blocks, lengths_q, lengths_k, block_q, block_k, max_count)
+
+    @classmethod
+    def _from_rows(
+        cls,
+        blocks: Tensor,
+        lengths_q: Tensor,
+        lengths_k: Tensor,
+        block_q: int,
+        block_k: int,
+        max_count: int | None,
+    ) -> BlockMask:
+        num_k = blocks.shape[-1]
+        ragged = (lengths_k < block_k).flatten(0, 1).any(0)
+        counts = blocks.sum(-1, dtype=torch.int32)
+        full_counts = (blocks & ~ragged).sum(-1, dtype=torch.int32)
+        width = max(1, int(counts.max()) if max_count is None else min(max_count, num_k))
+        rank = torch.arange(num_k, device=blocks.device, dtype=torch.int32) + ragged.int() * num_k
+        order = torch.where(blocks, rank, 2 * num_k).sort(-1).values[..., :width]
+        return cls(order % num_k, counts, full_counts, lengths_q, lengths_k, block_q, block_k)
+
+    @property
+    def num_q(self) -> int:
+        """Count the query blocks."""
+        return self.indices.shape[2]
+
+    @property
+    def num_k(self) -> int:
+        """Count the key blocks."""
+        return self.lengths_k.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the lists."""
+        return self.indices.device
+
+    @property
+    def ragged_blocks(self) -> Tensor:
+        """Return ``(Nk,)`` bool, True for key blocks that hold padding in any sample or head."""
+        return (self.lengths_k < self.block_k).flatten(0, 1).any(0)
+
+    @property
+    def kept(self) -> Tensor:
+        """Return the fraction of real (query, key) pairs that is computed, as a 0-d fp32 tensor in [0, 1]."""
+        lengths_k = self.lengths_k.double()
+        weights = lengths_k[:, :, None].expand(-1, -1, self.num_q, -1)
+        shape = torch.broadcast_shapes(weights.shape[:2], self.indices.shape[:2])
+        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        index = self.indices.long().expand(*shape, -1, -1)
+        keys = (weights.expand(*shape, -1, -1).gather(-1, index) * listed).sum(-1)
+        lengths_q = self.lengths_q.double()
+        pairs = (keys * lengths_q).sum(-1)
+        total = lengths_q.sum(-1) * lengths_k.sum(-1)
+        return (pairs / total.clamp(min=1)).mean().float()
+
+    @property
+    def density(self) -> float:
+        """Return the fraction of real (query, key) pairs that is computed, in [0, 1]; padding does not count."""
+        return float(self.kept)
+
+    def to_dense(self) -> Tensor:
+        """Return the block map, ``(B or 1, H or 1, Nq, Nk)`` bool."""
+        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        blocks = torch.zeros(*self.indices.shape[:3], self.num_k + 1, dtype=torch.bool, device=self.device)
+        index = torch.where(listed, self.indices.long(), self.num_k)
+        return blocks.scatter_(3, index, True)[..., : self.num_k]
+
+    def to_tokens(self, tokens_q: int, tokens_k: int) -> Tensor:
+        """Expand to single tokens: ``(B or 1, H or 1, tokens_q, tokens_k)`` bool.
+
+        Padding keys are False everywhere; padding queries keep the row of their block.
+
+        Args:
+            tokens_q: Queries in the padded order, at most ``Nq * block_q``.
+            tokens_k: Keys in the padded order, at most ``Nk * block_k``.
+        """
+        dense = self.to_dense()
+        dense = dense.repeat_interleave(self.block_q, 2).repeat_interleave(self.block_k, 3)
+        offsets = torch.arange(self.block_k, device=self.device)
+        real = (offsets < self.lengths_k[..., None]).flatten(2)
+        return (dense & real[:, :, None])[..., :tokens_q, :tokens_k]
+
+    def with_lengths_k(self, lengths_k: Tensor) -> BlockMask:
+        """Return the same block map over shorter key blocks, as padded text needs it.
+
+        Args:
+            lengths_k: ``(B or 1, H or 1, Nk)`` real keys in each block.
+        """
+        lengths_k = lengths_k.to(device=self.device, dtype=torch.int32)
+        return self._from_rows(
+            self.to_dense(), self.lengths_q, lengths_k, self.block_q, self.block_k, self.indices.shape[-1]
+        )
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """Return the mask on another device.
+
+        Args:
+            device: Where the lists shall be.
+        """
+        names = ("indices", "counts", "full_counts", "lengths_q", "lengths_k")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockMask({self.num_q}x{self.num_k} blocks of {self.block_q}x{self.block_k}, "
+            f"batch {self.indices.shape[0]}, heads {self.indices.shape[1]}, density {self.density:.3f})"
+        )
+
+
+def _lengths(
+    side: str, num: int, block: int, tokens: int | None, lengths: Tensor | None, device: torch.device
+) -> Tensor:
+    if lengths is not None:
+        if tokens is not None:
+            raise ValueError(f"give tokens_{side} or lengths_{side}, not both")
+        if lengths.shape[-1] != num or lengths.ndim not in (1, 3):
+            raise ValueError(
+                f"lengths_{side} must be (N,) or (B or 1, H or 1, N) with N = {num} blocks, "
+                f"got {tuple(lengths.shape)}"
+            )
+        lengths = lengths.to(device=device, dtype=torch.int32)
+        return lengths.view(1, 1, -1) if lengths.ndim == 1 else lengths
+    tokens = num * block if tokens is None else tokens
+    if not (num - 1) * block < tokens <= num * block:
+        raise ValueError(
+            f"tokens_{side}={tokens} does not fit {num} blocks of {block}: "
+            f"it must be in [{(num - 1) * block + 1}, {num * block}]"
+        )
+    starts = torch.arange(num, device=device, dtype=torch.int32) * block
+    return (tokens - starts).clamp(max=block).view(1, 1, -1)
