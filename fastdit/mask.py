@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class BlockMask:
         lengths_k: ``(B or 1, H or 1, Nk)`` int32, real keys in each key block, in [0, block_k].
         block_q: Queries in a block.
         block_k: Keys in a block.
+        derived: What kernels work out from the lists and keep with them, by kernel; no part of the mask's meaning.
     """
 
     indices: Tensor
@@ -33,6 +35,7 @@ class BlockMask:
     lengths_k: Tensor
     block_q: int
     block_k: int
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_dense(
@@ -202,8 +205,7 @@ def _lengths(
             raise ValueError(f"give tokens_{side} or lengths_{side}, not both")
         if lengths.shape[-1] != num or lengths.ndim not in (1, 3):
             raise ValueError(
-                f"lengths_{side} must be (N,) or (B or 1, H or 1, N) with N = {num} blocks, "
-                f"got {tuple(lengths.shape)}"
+                f"lengths_{side} must be (N,) or (B or 1, H or 1, N) with N = {num} blocks, got {tuple(lengths.shape)}"
             )
         lengths = lengths.to(device=device, dtype=torch.int32)
         return lengths.view(1, 1, -1) if lengths.ndim == 1 else lengths

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,30 +16,32 @@ from ..tokens import AttentionCall
 if TYPE_CHECKING:
     from .base import AttentionMethod, Pattern
 
-MAX_STATIC_PATTERNS = 32
+MAX_STATIC_ENTRIES = 32
+
+Entry = TypeVar("Entry")
 
 
 @dataclass
 class PatternCache:
-    """Keep the static patterns of one handle: one per method, token make-up and device, the latest 32 of them."""
+    """Keep what depends on nothing but the make-up of the tokens, such as static patterns: the latest 32 of them."""
 
-    patterns: OrderedDict[Any, Pattern] = field(default_factory=OrderedDict)
+    entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
     shortened: dict[int, tuple[Pattern, BlockMask]] = field(default_factory=dict)
     padding: Tensor | None = None
 
-    def static(self, key: Any, build: Callable[[], Pattern]) -> Pattern:
-        """Return the pattern stored under a key, building it at the first call.
+    def static(self, key: Hashable, build: Callable[[], Entry]) -> Entry:
+        """Return what is stored under a key, building it at the first call.
 
         Args:
-            key: Anything hashable that names the pattern.
-            build: Makes the pattern.
+            key: Names the entry; everything that it depends on.
+            build: Makes the entry.
         """
-        if key not in self.patterns:
-            self.patterns[key] = build()
-            while len(self.patterns) > MAX_STATIC_PATTERNS:
-                self.patterns.popitem(last=False)
-        self.patterns.move_to_end(key)
-        return self.patterns[key]
+        if key not in self.entries:
+            self.entries[key] = build()
+            while len(self.entries) > MAX_STATIC_ENTRIES:
+                self.entries.popitem(last=False)
+        self.entries.move_to_end(key)
+        return self.entries[key]
 
     def without_padding(self, pattern: Pattern, padding: Tensor) -> BlockMask:
         """Return a pattern's mask with padded keys taken out, computed once per pattern and forward pass.
@@ -58,7 +60,7 @@ class PatternCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.patterns.clear()
+        self.entries.clear()
         self.shortened.clear()
         self.padding = None
 

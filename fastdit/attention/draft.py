@@ -1,0 +1,93 @@
+"""DraftAttention: a low-resolution attention map says which tiles matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import TokenLayout, tile_order
+from ..mask import BlockMask
+from ..tokens import AttentionCall
+from .base import AttentionMethod, Pattern, check_density, register
+from .select import keep_text, keep_top_fraction, pool_tiles, tile_sizes
+from .state import MethodState
+
+
+@register("draft")
+@dataclass(frozen=True, kw_only=True)
+class Draft(AttentionMethod):
+    """Attend to the tile pairs that carry most of a low-resolution draft of the attention map.
+
+    Queries and keys are averaged over tiles of the video; per head, the largest entries of the draft map as a whole
+    are kept, so busy tiles get more keys than quiet ones. Tokens are computed tile by tile. Tiles cut off at the end
+    of an axis are pooled over the tokens that they have, and count for as many.
+
+    Args:
+        density: Fraction of tile pairs to keep, in (0, 1]. The paper keeps 0.25 (Wan 2.1) and 0.1 (HunyuanVideo).
+        tile: ``(frames, height, width)`` tokens of a tile, at most 256 in all; (1, 8, 16) in the paper.
+
+    Raises:
+        ValueError: ``density`` is outside (0, 1], or a tile has no tokens or more than 256.
+
+    Source: DraftAttention (arXiv 2505.14708), section 3, and its released code.
+    """
+
+    density: float = 0.25
+    tile: tuple[int, int, int] = (1, 8, 16)
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        object.__setattr__(self, "tile", tuple(self.tile))
+        if len(self.tile) != 3 or not all(isinstance(t, int) and t >= 1 for t in self.tile) or self.tile_tokens > 256:
+            raise ValueError(
+                f"tile must be (frames, height, width) with 1 to 256 tokens in all, got {self.tile!r}; "
+                "(1, 8, 16) and (1, 8, 8) are usual"
+            )
+
+    @property
+    def tile_tokens(self) -> int:
+        """Count the tokens of a whole tile."""
+        frames, height, width = self.tile
+        return frames * height * width
+
+    @property
+    def block_size(self) -> int:
+        """Return the tokens per block: those of a tile, padded to a power of two of at least 16."""
+        return max(16, 1 << (self.tile_tokens - 1).bit_length())
+
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        """Draft the attention map and keep its largest entries.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            call: The call.
+            state: Keeps the layout, which depends on the grid alone.
+        """
+        grid, video = call.tokens.grid, call.tokens.video
+        key = ("draft", self.tile, call.tokens, q.device)
+        layout, lengths, log_sizes = state.cache.static(key, lambda: self._layout(call, q.device))
+        draft_q = pool_tiles(q[:, :, video], grid, self.tile)
+        draft_k = pool_tiles(k[:, :, video], grid, self.tile)
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        tiles = draft_k.shape[2]
+        blocks = torch.empty(*q.shape[:2], tiles, tiles, dtype=torch.bool, device=q.device)
+        for head in range(q.shape[1]):  # one map at a time, so that no fp32 maps of all heads exist at once
+            logits = draft_q[:, head] @ draft_k[:, head].transpose(1, 2) * scale + log_sizes
+            blocks[:, head] = keep_top_fraction(logits.softmax(-1), self.density)
+        mask = BlockMask.from_dense(
+            keep_text(blocks, layout.num_blocks, layout.num_blocks),
+            block_q=self.block_size,
+            block_k=self.block_size,
+            lengths_q=lengths,
+            lengths_k=lengths,
+        )
+        return Pattern(layout, mask)
+
+    def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor, Tensor]:
+        order, sizes = tile_order(call.tokens.grid, self.tile)
+        layout = TokenLayout.build(call.tokens, block=self.block_size, order=order, segments=sizes, device=device)
+        log_sizes = tile_sizes(call.tokens.grid, self.tile).to(device).float().log()
+        return layout, layout.lengths()[None], log_sizes
