@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from fastdit.mask import BlockMask
+
+SHAPES = [(1, 1, 1, 1), (1, 1, 3, 5), (1, 3, 4, 4), (2, 1, 5, 3), (2, 3, 7, 6)]
+
+
+def random_blocks(shape, density=0.4):
+    blocks = torch.rand(shape) < density
+    blocks[..., 0] |= ~blocks.any(-1)
+    return blocks
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("density", [0.01, 0.4, 1.0])
+def test_lists_and_map_agree(shape, density):
+    blocks = random_blocks(shape, density)
+    num_q, num_k = shape[2:]
+    mask = BlockMask.from_dense(blocks, block_q=8, block_k=4, tokens_q=num_q * 8 - 3, tokens_k=num_k * 4 - 1)
+    assert torch.equal(mask.to_dense(), blocks)
+    for index, count, full, row in zip(
+        mask.indices.flatten(0, 2), mask.counts.flatten(), mask.full_counts.flatten(), blocks.flatten(0, 2), strict=True
+    ):
+        listed = index[:count].tolist()
+        assert sorted(listed) == row.nonzero().flatten().tolist()
+        assert listed[:full] == sorted(listed[:full]) and num_k - 1 not in listed[:full]
+        assert listed[full:] == ([num_k - 1] if row[-1] else [])
+
+
+def test_ragged_blocks_come_last_wherever_they_are():
+    lengths = torch.tensor([4, 2, 4, 1, 4])
+    mask = BlockMask.from_dense(torch.ones(2, 5, dtype=torch.bool), block_q=4, block_k=4, lengths_k=lengths)
+    assert mask.indices[0, 0].tolist() == [[0, 2, 4, 1, 3]] * 2
+    assert mask.full_counts.flatten().tolist() == [3, 3] and mask.counts.flatten().tolist() == [5, 5]
+    assert mask.ragged_blocks.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_density_counts_real_pairs(shape):
+    blocks = random_blocks(shape)
+    batch, heads, num_q, num_k = shape
+    lengths_q = torch.randint(1, 9, (batch, heads, num_q))
+    lengths_k = torch.randint(0, 5, (batch, heads, num_k))
+    lengths_k[..., 0] = 4
+    mask = BlockMask.from_dense(blocks, block_q=8, block_k=4, lengths_q=lengths_q, lengths_k=lengths_k)
+    pairs = lengths_q[..., :, None] * lengths_k[..., None, :]
+    expected = ((pairs * blocks).sum((-1, -2)) / pairs.sum((-1, -2))).mean()
+    assert mask.density == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_density_of_everything_is_one_whatever_the_padding():
+    mask = BlockMask.from_dense(torch.ones(3, 3, dtype=torch.bool), block_q=8, block_k=8, tokens_q=17, tokens_k=23)
+    assert mask.density == 1
+
+
+def test_empty_rows_get_the_block_at_their_position():
+    blocks = torch.zeros(4, 8, dtype=torch.bool)
+    blocks[1, 7] = True
+    dense = BlockMask.from_dense(blocks, block_q=8, block_k=4).to_dense()[0, 0]
+    assert dense.nonzero().tolist() == [[0, 0], [1, 7], [2, 4], [3, 6]]
+    assert not blocks[0].any(), "the caller's map is left alone"
+
+
+def test_tokens():
+    blocks = torch.tensor([[True, False, True], [False, True, True]])
+    mask = BlockMask.from_dense(blocks, block_q=2, block_k=2, tokens_q=3, tokens_k=5)
+    expected = [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 1]]
+    assert mask.to_tokens(3, 5)[0, 0].int().tolist() == expected
+    shorter = mask.with_lengths_k(torch.tensor([[[2, 1, 0]], [[2, 2, 1]]]))
+    assert shorter.to_tokens(3, 5)[0, 0].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+    assert shorter.to_tokens(3, 5)[1, 0].int().tolist() == expected
+
+
+def test_max_count_bounds_the_lists():
+    blocks = torch.eye(6, dtype=torch.bool)
+    assert BlockMask.from_dense(blocks, block_q=2, block_k=2).indices.shape[-1] == 1
+    mask = BlockMask.from_dense(blocks, block_q=2, block_k=2, max_count=3)
+    assert mask.indices.shape[-1] == 3 and torch.equal(mask.to_dense()[0, 0], blocks)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sizes", "error", "message"),
+    [
+        (torch.ones(2, 2), {}, TypeError, "bool"),
+        (torch.ones(2, dtype=torch.bool), {}, ValueError, "Nq, Nk"),
+        (torch.ones(0, 2, dtype=torch.bool), {}, ValueError, "not empty"),
+        (torch.ones(2, 2, dtype=torch.bool), {"block_q": 0}, ValueError, "at least 1"),
+        (torch.ones(2, 2, dtype=torch.bool), {"tokens_q": 17}, ValueError, "tokens_q=17"),
+        (torch.ones(2, 2, dtype=torch.bool), {"tokens_k": 8}, ValueError, "tokens_k=8"),
+        (torch.ones(2, 2, dtype=torch.bool), {"lengths_k": torch.ones(3)}, ValueError, "lengths_k"),
+        (torch.ones(2, 2, dtype=torch.bool), {"lengths_k": torch.ones(2), "tokens_k": 9}, ValueError, "not both"),
+    ],
+)
+def test_bad_masks(blocks, sizes, error, message):
+    with pytest.raises(error, match=message):
+        BlockMask.from_dense(blocks, **{"block_q": 8, "block_k": 8, **sizes})
