@@ -95,3 +95,10 @@ def test_max_count_bounds_the_lists():
 def test_bad_masks(blocks, sizes, error, message):
     with pytest.raises(error, match=message):
         BlockMask.from_dense(blocks, **{"block_q": 8, "block_k": 8, **sizes})
+
+
+def test_derived_data_stays_with_its_own_mask():
+    mask = BlockMask.from_dense(torch.ones(2, 2, dtype=torch.bool), block_q=4, block_k=4)
+    mask.derived["kernel"] = object()
+    assert mask.to("cpu").derived == {}
+    assert mask.with_lengths_k(mask.lengths_k).derived == {}

@@ -1,10 +1,25 @@
-"""The only door to the kernels: ``block_sparse_attention`` computes listed blocks and knows nothing else."""
+"""The only door to the kernels: ``block_sparse_attention`` computes listed blocks and knows nothing else.
+
+A kernel is one module beside this one with three functions: ``available()`` and ``check(q, k, v, mask)`` return
+the reason why it cannot run, on this machine at all or for these tensors, or ``None``; ``run(q, k, v, mask, scale)``
+computes. Its name is then added to one of the two tuples below.
+"""
 
 from __future__ import annotations
 
+import importlib
+import math
+from functools import cache
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
 from ...mask import BlockMask
+
+_AUTOMATIC = ("triton", "cpu")
+_ON_REQUEST = ("reference",)
+_MODULES = {"triton": "triton_fwd"}
 
 
 def block_sparse_attention(
@@ -12,16 +27,169 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of listed blocks.
 
+    Gradients flow through the output to q, k and v; the log-sum-exp carries them only with ``kernel="reference"``.
+    Rows of padding queries hold finite numbers without meaning.
+
     Args:
-        q: ``(B, H, Sq, D)`` queries, in the order of the mask.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
+        q: ``(B, H, Sq, D)`` queries, in the order of the mask, last axis contiguous.
+        k: ``(B, H, Sk, D)`` keys, likewise.
+        v: ``(B, H, Sk, D)`` values, likewise.
+        mask: The blocks. Its batch and head axes are 1 or those of ``q``.
         scale: Softmax scale; default ``D ** -0.5``.
-        kernel: Name of a kernel; default: the fastest that can run.
+        kernel: One of ``list_kernels()``; default: the fastest that can run, never ``"reference"``.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the log-sum-exp of each row in natural log,
-        ``(B, H, Sq)`` fp32. A row without keys is 0 and -inf.
+        ``(B, H, Sq)``, fp32 (fp64 for fp64 inputs). A row without keys is 0 and -inf.
+
+    Raises:
+        ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel.
+        TypeError: Dtypes differ or are not floating point.
+        RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
-    raise NotImplementedError
+    name = choose_kernel(q, k, v, mask, kernel)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; leave it out for D ** -0.5")
+    return _module(name).run(q, k, v, mask, scale)
+
+
+def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str | None = None) -> str:
+    """Name the kernel that ``block_sparse_attention`` runs for these arguments.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        k: ``(B, H, Sk, D)`` keys.
+        v: ``(B, H, Sk, D)`` values.
+        mask: The blocks.
+        kernel: The kernel asked for, or ``None``.
+
+    Raises:
+        ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel.
+        TypeError: Dtypes differ or are not floating point.
+        RuntimeError: No kernel, or not the one asked for, can run; the message says why.
+    """
+    check_inputs(q, k, v, mask)
+    if kernel is not None:
+        reason = _reason(_known(kernel), q, k, v, mask)
+        if reason is not None:
+            raise RuntimeError(f"kernel {kernel!r} cannot run: {reason}")
+        return kernel
+    reasons = {}
+    for name in _AUTOMATIC:
+        reasons[name] = _reason(name, q, k, v, mask)
+        if reasons[name] is None:
+            return name
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(
+        f"no kernel can run. {listed}. kernel='reference' runs anywhere and has a backward, but is slow "
+        "and takes memory for the whole score matrix of a head"
+    )
+
+
+def list_kernels() -> tuple[str, ...]:
+    """List the names of all kernels: those chosen automatically, best first, then those only run on request."""
+    return _AUTOMATIC + _ON_REQUEST
+
+
+def explain_kernels(
+    q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, mask: BlockMask | None = None
+) -> dict[str, str | None]:
+    """Say for each kernel why it cannot run, ``None`` where it can.
+
+    Without arguments the answer is about this machine, with all four about that call.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        k: ``(B, H, Sk, D)`` keys.
+        v: ``(B, H, Sk, D)`` values.
+        mask: The blocks.
+
+    Raises:
+        ValueError: Only some arguments are given, or they do not fit each other.
+        TypeError: Dtypes differ or are not floating point.
+    """
+    if q is None and k is None and v is None and mask is None:
+        return {name: _module(name).available() for name in list_kernels()}
+    if q is None or k is None or v is None or mask is None:
+        raise ValueError("give q, k, v and mask, or none of them")
+    check_inputs(q, k, v, mask)
+    return {name: _reason(name, q, k, v, mask) for name in list_kernels()}
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
+    """Check that tensors and mask fit each other, before anything is computed.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        k: ``(B, H, Sk, D)`` keys.
+        v: ``(B, H, Sk, D)`` values.
+        mask: The blocks.
+
+    Raises:
+        ValueError: Shapes, devices or the mask do not fit each other.
+        TypeError: Dtypes differ or are not floating point.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be (B, H, S, D), got {shapes}")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in S, got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q, k and v must not be empty, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
+    if not q.is_floating_point():
+        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
+    if not q.device == k.device == v.device == mask.device:
+        raise ValueError(
+            "q, k, v and mask must be on one device, got "
+            f"{q.device}, {k.device}, {v.device}, {mask.device}; see mask.to(device)"
+        )
+    for side, tokens, num, block in (
+        ("queries", q.shape[2], mask.num_q, mask.block_q),
+        ("keys", k.shape[2], mask.num_k, mask.block_k),
+    ):
+        if math.ceil(tokens / block) != num:
+            raise ValueError(
+                f"the mask has {num} blocks of {block} {side}, which is {(num - 1) * block + 1} to {num * block} "
+                f"{side}, got {tokens}; build the mask for the padded sequence"
+            )
+    for name, tensor in (("indices", mask.indices), ("lengths_k", mask.lengths_k)):
+        if tensor.shape[0] not in (1, q.shape[0]) or tensor.shape[1] not in (1, q.shape[1]):
+            raise ValueError(
+                f"mask.{name} is for batch {tensor.shape[0]} and {tensor.shape[1]} heads; "
+                f"batch must be 1 or {q.shape[0]}, heads 1 or {q.shape[1]}"
+            )
+    tail = k.shape[2] - (mask.num_k - 1) * mask.block_k
+    # On a GPU this look-up would wait for the device at every call, so there the mask is trusted.
+    if tail < mask.block_k and mask.device.type == "cpu" and int(mask.lengths_k[..., -1].max()) > tail:
+        raise ValueError(
+            f"the last key block of the mask holds {int(mask.lengths_k[..., -1].max())} keys, but k ends after "
+            f"{tail} of it; build the mask with tokens_k={k.shape[2]}"
+        )
+
+
+def _known(name: str) -> str:
+    if name not in list_kernels():
+        raise ValueError(f"unknown kernel {name!r}; kernels are: {', '.join(list_kernels())}")
+    return name
+
+
+def _reason(name: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
+    module = _module(name)
+    return module.available() or module.check(q, k, v, mask)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Say whether autograd will want a gradient of any of these tensors.
+
+    Args:
+        *tensors: Any tensors.
+    """
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
