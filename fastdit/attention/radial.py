@@ -16,17 +16,14 @@ from .base import AttentionMethod, Pattern, check_block_size, register
 from .select import keep_text
 from .state import MethodState
 
-THINNING = 128
-"""Band width, in tokens, below which the released code drops frame pairs instead; it does not follow the block size."""
-
 
 @register("radial")
 @dataclass(frozen=True, kw_only=True)
 class Radial(AttentionMethod):
     """Attend fully to the same and the neighbouring frames, and in ever narrower bands to frames further away.
 
-    Each doubling of the distance between two frames halves the band; where it would fall below 128 tokens, frame
-    pairs are left out instead. The number of blocks grows as O(n log n) with the number of frames.
+    Each doubling of the distance between two frames halves the band; where it would fall below ``min_band`` tokens,
+    frame pairs are left out instead. The number of blocks grows as O(n log n) with the number of frames.
 
     On grids whose frames are a multiple of the block this is the mask of the released code, which differs from the
     paper's formula (bands are never narrower than a block, and ``decay`` does not thin frame pairs). On any other
@@ -37,9 +34,11 @@ class Radial(AttentionMethod):
             0.8 (Wan 2.2) and 0.95 (HunyuanVideo).
         block_size: Tokens per block, a power of two in [16, 256].
         sink: Whether every query attends to the whole first frame (Wan: yes, HunyuanVideo: no).
+        min_band: Band width before ``decay``, in tokens, below which frame pairs are thinned out, at least 1. It is
+            128 in the released code, whatever the block size; 1 leaves no frame pair out.
 
     Raises:
-        ValueError: ``decay`` is not above 0, or ``block_size`` is none of those.
+        ValueError: ``decay`` is not above 0, ``block_size`` is none of those, or ``min_band`` is below 1.
 
     Source: Radial Attention (arXiv 2506.19852), section 4, and its released code.
     """
@@ -49,13 +48,14 @@ class Radial(AttentionMethod):
     decay: float = 0.2
     block_size: int = 128
     sink: bool = True
+    min_band: int = 128
 
     def __post_init__(self) -> None:
         if not (isinstance(self.decay, (int, float)) and 0 < self.decay < math.inf):
-            raise ValueError(
-                f"decay must be a number above 0, got {self.decay!r}; 0.2 to 1 is usual"
-            )
+            raise ValueError(f"decay must be a number above 0, got {self.decay!r}; 0.2 to 1 is usual")
         check_block_size("block_size", self.block_size)
+        if isinstance(self.min_band, bool) or not isinstance(self.min_band, int) or self.min_band < 1:
+            raise ValueError(f"min_band must be a number of tokens of at least 1, got {self.min_band!r}")
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Build the bands for a grid.
@@ -68,7 +68,12 @@ class Radial(AttentionMethod):
         """
         layout = TokenLayout.build(call.tokens, block=self.block_size, device=q.device)
         blocks = radial_blocks(
-            call.tokens.grid, decay=self.decay, block_size=self.block_size, sink=self.sink, device=q.device
+            call.tokens.grid,
+            decay=self.decay,
+            block_size=self.block_size,
+            sink=self.sink,
+            min_band=self.min_band,
+            device=q.device,
         )
         lengths = layout.lengths()[None]
         mask = BlockMask.from_dense(
@@ -82,7 +87,13 @@ class Radial(AttentionMethod):
 
 
 def radial_blocks(
-    grid: VideoGrid, *, decay: float, block_size: int, sink: bool, device: torch.device | str = "cpu"
+    grid: VideoGrid,
+    *,
+    decay: float,
+    block_size: int,
+    sink: bool,
+    min_band: int = 128,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return the block map of the video part: ``(N, N)`` bool.
 
@@ -91,6 +102,7 @@ def radial_blocks(
         decay: Factor on the band width, above 0.
         block_size: Tokens per block, at least 1.
         sink: Whether the first frame's keys are always kept.
+        min_band: Band width, in tokens, below which frame pairs are thinned out, at least 1.
         device: Where the map shall be.
     """
     num_blocks = math.ceil(grid.num_tokens / block_size)
@@ -105,7 +117,7 @@ def radial_blocks(
         full = distance <= 1
         if sink:
             full = full | (frame == 0)
-        every = (THINNING / octave).floor().clamp(min=1).long()
+        every = (min_band / octave).floor().clamp(min=1).long()
         near = full | (distance % every == 0)
         width = (octave * decay).clamp(min=block_size).floor().long()
         width = torch.where(full, grid.frame_tokens, width)

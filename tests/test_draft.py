@@ -1,0 +1,98 @@
+"""DraftAttention against an eager definition written from the paper."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.select import keep_top_fraction, pool_tiles, tile_sizes
+from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
+
+
+def structured(spec, heads=3, dim=16):
+    return torch.randn(2, heads, spec.num_tokens, dim) * 2, torch.randn(2, heads, spec.num_tokens, dim) * 2
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.6])
+def test_exact_grids_follow_the_paper(density):
+    """Average pooling by frame, softmax, and one threshold over all entries of a head's map."""
+    frames, height, width, ph, pw = 3, 8, 12, 4, 4
+    spec = TokenSpec(VideoGrid(frames, height, width))
+    q, k = structured(spec)
+    pattern = get_method("draft", density=density, tile=(1, ph, pw)).pattern(q, k, AttentionCall(spec), MethodState())
+    blocks = pattern.mask.to_dense()
+    for b in range(2):
+        for h in range(3):
+            draft = []
+            for x in (q[b, h], k[b, h]):
+                images = x.view(frames, height, width, 16).permute(0, 3, 1, 2)
+                draft.append(F.avg_pool2d(images, (ph, pw)).permute(0, 2, 3, 1).reshape(-1, 16))
+            attention = torch.softmax(draft[0] @ draft[1].T / 4, -1)
+            excluded = math.floor((1 - density) * attention.numel() + 1e-6)
+            threshold = attention.flatten().sort().values[excluded]
+            expected = attention >= threshold
+            own = torch.eye(len(expected), dtype=torch.bool) & ~expected.any(-1, keepdim=True)
+            assert torch.equal(blocks[b, h], expected | own)
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (1, 3, 5), (2, 4, 4), (1, 8, 16)], ids=str)
+@pytest.mark.parametrize("grid", [VideoGrid(3, 9, 11), VideoGrid(1, 7, 6), VideoGrid(4, 8, 16)], ids=str)
+def test_pooling_is_the_mean_of_the_tokens_a_tile_has(grid, tile):
+    x = torch.randn(2, 2, grid.num_tokens, 3)
+    pooled, sizes = pool_tiles(x, grid, tile), tile_sizes(grid, tile)
+    video = x.unflatten(2, grid.shape)
+    number = 0
+    for f in range(0, grid.frames, tile[0]):
+        for h in range(0, grid.height, tile[1]):
+            for w in range(0, grid.width, tile[2]):
+                part = video[:, :, f : f + tile[0], h : h + tile[1], w : w + tile[2]].flatten(2, 4)
+                torch.testing.assert_close(pooled[:, :, number], part.mean(2))
+                assert int(sizes[number]) == part.shape[2]
+                number += 1
+    assert number == pooled.shape[2] == len(sizes)
+
+
+def test_pooling_sums_in_single_precision():
+    x = torch.full((1, 1, 4096, 1), 1.001, dtype=torch.bfloat16)
+    assert pool_tiles(x, VideoGrid(1, 64, 64), (1, 64, 64)).item() == pytest.approx(float(x[0, 0, 0, 0]), rel=1e-6)
+
+
+def test_cut_off_tiles_count_for_the_tokens_they_have():
+    """With equal keys, probability mass is proportional to tile size, so whole tiles are kept first."""
+    grid = VideoGrid(1, 6, 10)
+    spec = TokenSpec(grid)
+    q = torch.zeros(1, 1, spec.num_tokens, 8)
+    pattern = get_method("draft", density=1 / 3, tile=(1, 4, 4)).pattern(q, q, AttentionCall(spec), MethodState())
+    sizes = tile_sizes(grid, (1, 4, 4)).tolist()
+    assert sizes == [16, 16, 8, 8, 8, 4]
+    assert pattern.mask.to_dense()[0, 0].all(0).tolist() == [True, True, False, False, False, False]
+
+
+def test_tiles_become_blocks():
+    spec = TokenSpec(VideoGrid(2, 6, 10), 5)
+    method = get_method("draft", tile=(1, 4, 6))
+    q = torch.randn(1, 1, spec.num_tokens, 8)
+    pattern = method.pattern(q, q, AttentionCall(spec), MethodState())
+    assert method.block_size == 32 and pattern.mask.block_q == 32
+    assert pattern.mask.lengths_k[0, 0].tolist() == [24, 16, 12, 8] * 2 + [5]
+    first = pattern.layout.index[0, :24]
+    assert sorted({(int(t) // 10, int(t) % 10) for t in first}) == [(h, w) for h in range(4) for w in range(6)]
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.5, 1.0])
+def test_top_fraction_keeps_at_least_one(density):
+    kept = keep_top_fraction(torch.rand(2, 3, 4, 5), density)
+    assert (kept.sum((-1, -2)) == max(1, round(20 * density))).all()
+
+
+def test_ties_are_kept():
+    scores = torch.tensor([[1.0, 2.0], [2.0, 2.0]])
+    assert keep_top_fraction(scores, 0.25).tolist() == [[False, True], [True, True]]
+
+
+@pytest.mark.parametrize("tile", [(1, 8), (0, 8, 8), (4, 16, 16), (1.0, 8, 8)])
+def test_bad_tiles(tile):
+    with pytest.raises(ValueError, match="tile must be"):
+        get_method("draft", tile=tile)

@@ -1,0 +1,195 @@
+"""What every registered method must hold; a new method gets all of it by being registered."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdit.attention import AttentionMethod, MethodState, Pattern, get_method, list_methods, method_class
+from fastdit.attention.kernels import block_sparse_attention
+from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
+
+GRIDS = [VideoGrid(1, 6, 10), VideoGrid(3, 9, 11), VideoGrid(5, 8, 16), VideoGrid(2, 13, 5)]
+TEXTS = [(0, False), (11, True), (11, False)]
+
+# Fields that make a method keep every block, for methods whose density field does not say so.
+EVERYTHING = {"radial": {"decay": 1e6, "min_band": 1}, "dense": {}}
+SMALL = {"radial": {"block_size": 16}, "draft": {"tile": (1, 4, 4)}}
+
+
+def small(name, **fields):
+    return get_method(name, **{**SMALL.get(name, {}), **fields})
+
+
+def qkv(spec, batch=1, heads=3, dim=16, dtype=torch.float32):
+    return (torch.randn(batch, heads, spec.num_tokens, dim, dtype=dtype) for _ in range(3))
+
+
+def reference(q, k, v, pattern, key_padding=None):
+    """Attention of a pattern by its token mask, in the model's own token order."""
+    tokens = pattern.layout.padded_tokens
+    mask = pattern.mask.to_tokens(tokens, tokens)
+    mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
+    inverse = pattern.layout.inverse.expand(q.shape[1], -1)
+    kept = torch.stack([mask[:, h][:, inverse[h]][:, :, inverse[h]] for h in range(q.shape[1])], 1)
+    if key_padding is not None:
+        kept = kept & ~key_padding[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+
+
+@pytest.fixture(params=list_methods())
+def name(request):
+    return request.param
+
+
+def test_methods_are_frozen_dataclasses_that_round_trip(name):
+    method = small(name)
+    assert isinstance(method, AttentionMethod) and method_class(name) is type(method) and method.name == name
+    again = get_method(name, **dataclasses.asdict(method))
+    assert again == method and hash(again) == hash(method)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.name_of_nothing = 1
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_forward_is_attention_of_the_pattern(name, grid, text, poisoned_empty):
+    call = AttentionCall(TokenSpec(grid, *text))
+    q, k, v = qkv(call.tokens, batch=2)
+    method, state = small(name), MethodState()
+    out = method.forward(q, k, v, call, state)
+    pattern = method.pattern(q, k, call, MethodState())
+    torch.testing.assert_close(out, reference(q, k, v, pattern), rtol=1e-4, atol=1e-5)
+    assert float(state.kept) == pytest.approx(pattern.density, rel=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_keeping_everything_equals_dense(name, grid, text):
+    call = AttentionCall(TokenSpec(grid, *text), scale=0.3)
+    q, k, v = qkv(call.tokens)
+    method = small(name, **EVERYTHING.get(name, {"density": 1.0}))
+    out = method.forward(q, k, v, call, MethodState())
+    assert method.pattern(q, k, call, MethodState()).density == pytest.approx(1)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_text_is_dense_and_every_query_attends(name, text):
+    call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11), *text))
+    q, k, _ = qkv(call.tokens)
+    pattern = small(name).pattern(q, k, call, MethodState())
+    blocks = pattern.mask.to_dense()
+    video = pattern.layout.video_blocks
+    assert blocks[..., video:, :].all() and blocks[..., :, video:].all()
+    assert (blocks.any(-1)).all()
+    assert int(pattern.mask.lengths_q.sum()) == call.tokens.num_tokens
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_padded_text_is_never_attended_to(name, text_first):
+    spec = TokenSpec(VideoGrid(3, 9, 11), 21, text_first)
+    q, k, v = qkv(spec, batch=2)
+    padding = torch.zeros(2, spec.num_tokens, dtype=torch.bool)
+    for sample, real in enumerate([5, 18]):
+        padding[sample, spec.text.start + real : spec.text.stop] = True
+    call = AttentionCall(spec, key_padding=padding)
+    method, state = small(name), MethodState()
+    out = method.forward(q, k, v, call, state)
+    pattern = method.pattern(q, k, call, MethodState())
+    torch.testing.assert_close(out, reference(q, k, v, pattern, padding), rtol=1e-4, atol=1e-5)
+    k = k.masked_fill(padding[:, None, :, None], 1e4)
+    v = v.masked_fill(padding[:, None, :, None], float("nan"))
+    if method.static:
+        again = method.forward(q, k, v.nan_to_num(1e6), call, MethodState())
+        torch.testing.assert_close(again, out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.5, 0.9])
+def test_density_is_what_was_asked_for(name, density):
+    if "density" not in {f.name for f in dataclasses.fields(method_class(name))}:
+        assert EVERYTHING.get(name) is not None, "a method without a density says how it keeps everything"
+        return
+    call = AttentionCall(TokenSpec(VideoGrid(6, 16, 16)))
+    q, k, _ = qkv(call.tokens)
+    pattern = small(name, density=density).pattern(q, k, call, MethodState())
+    assert pattern.density == pytest.approx(density, abs=0.02)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.1, 25, float("nan"), "0.2", True, None])
+def test_density_outside_its_range(name, density):
+    if "density" not in {f.name for f in dataclasses.fields(method_class(name))}:
+        with pytest.raises(TypeError, match="no field 'density'"):
+            get_method(name, density=density)
+        return
+    with pytest.raises(ValueError, match=r"density must be in \(0, 1\]"):
+        get_method(name, density=density)
+
+
+def test_patterns_are_reused_as_they_may_be(name):
+    spec = TokenSpec(VideoGrid(3, 9, 11))
+    method, state = small(name), MethodState()
+    q, k, _ = qkv(spec)
+    first = state.resolve(method, q, k, AttentionCall(spec))
+    state.refresh = False
+    assert state.resolve(method, *list(qkv(spec))[:2], AttentionCall(spec, step=1)) is first
+    state.refresh = True
+    again = state.resolve(method, *list(qkv(spec))[:2], AttentionCall(spec, step=2))
+    assert (again is first) == method.static
+    state.reset()
+    assert state.pattern is None
+
+
+def test_selection_is_deterministic(name):
+    call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11)))
+    q, k, _ = qkv(call.tokens)
+    method = small(name)
+    one, two = (method.pattern(q, k, call, MethodState()).mask.to_dense() for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_gradients_flow(name):
+    call = AttentionCall(TokenSpec(VideoGrid(2, 5, 7), 3))
+    q, k, v = (x.requires_grad_() for x in qkv(call.tokens))
+    method = small(name)
+    pattern = method.pattern(q.detach(), k.detach(), call, MethodState())
+    method.forward(q, k, v, call, MethodState()).square().sum().backward()
+    got = [x.grad.clone() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.grad = None
+    reference(q, k, v, pattern).square().sum().backward()
+    for x, grad in zip((q, k, v), got, strict=True):
+        torch.testing.assert_close(grad, x.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_selects_in_single(name):
+    call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11)))
+    q, k, v = qkv(call.tokens, dtype=torch.bfloat16)
+    out = small(name).forward(q, k, v, call, MethodState())
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+def test_head_dependent_layouts():
+    """A layout per head, as PARO needs it: the door computes each head in its own order."""
+    spec = TokenSpec(VideoGrid(3, 4, 5), 4)
+    from fastdit.layout import TokenLayout
+    from fastdit.mask import BlockMask
+
+    orders = torch.stack([torch.randperm(60) for _ in range(3)])
+    layout = TokenLayout.build(spec, block=16, order=orders)
+    blocks = torch.rand(1, 3, layout.num_blocks, layout.num_blocks) < 0.5
+    lengths = layout.lengths()[None]
+    mask = BlockMask.from_dense(blocks, block_q=16, block_k=16, lengths_q=lengths, lengths_k=lengths)
+    q, k, v = qkv(spec, batch=2)
+    out, _ = block_sparse_attention(*(layout.apply(x) for x in (q, k, v)), mask)
+    torch.testing.assert_close(layout.undo(out), reference(q, k, v, Pattern(layout, mask)), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=r"unknown method 'radail' \(did you mean 'radial'\?\); methods are: dense"):
+        get_method("radail")
+    with pytest.raises(TypeError, match=r"no field 'densty' \(did you mean 'density'\?\); it has: density, tile"):
+        get_method("draft", densty=0.2)
+    with pytest.raises(TypeError, match="it has none"):
+        get_method("dense", density=0.2)
