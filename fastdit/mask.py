@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class BlockMask:
         """Return ``(Nk,)`` bool, True for key blocks that hold padding in any sample or head."""
         return (self.lengths_k < self.block_k).flatten(0, 1).any(0)
 
-    @property
+    @cached_property
     def kept(self) -> Tensor:
         """Return the fraction of real (query, key) pairs that is computed, as a 0-d fp32 tensor in [0, 1]."""
         lengths_k = self.lengths_k.double()

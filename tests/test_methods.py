@@ -141,6 +141,16 @@ def test_patterns_are_reused_as_they_may_be(name):
     assert state.pattern is None
 
 
+def test_a_pattern_of_another_video_is_not_reused(name):
+    method, state = small(name), MethodState(refresh=False)
+    for grid, batch in [(VideoGrid(2, 8, 12), 2), (VideoGrid(2, 12, 8), 2), (VideoGrid(2, 12, 8), 1)]:
+        call = AttentionCall(TokenSpec(grid))
+        q, k, v = qkv(call.tokens, batch=batch)
+        out = method.forward(q, k, v, call, state)
+        expected = reference(q, k, v, method.pattern(q, k, call, MethodState()))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_selection_is_deterministic(name):
     call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11)))
     q, k, _ = qkv(call.tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..mask import BlockMask
-from ..tokens import AttentionCall
+from ..tokens import AttentionCall, TokenSpec
 
 if TYPE_CHECKING:
     from .base import AttentionMethod, Pattern
@@ -74,6 +74,7 @@ class MethodState:
         kernel: Name of the kernel to use; ``None`` chooses.
         refresh: Whether a dynamic pattern is to be rebuilt in this call. The handle sets it from the schedule.
         pattern: The dynamic pattern of the latest rebuild.
+        tokens: The make-up of the tokens that it was built for.
         memory: Whatever else a method wants to keep.
         kept: Fraction of (query, key) pairs of the latest call, 0-d fp32 tensor; ``None`` before the first.
         kernel_used: The kernel that ran the latest call.
@@ -83,6 +84,7 @@ class MethodState:
     kernel: str | None = None
     refresh: bool = True
     pattern: Pattern | None = None
+    tokens: TokenSpec | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     kept: Tensor | None = None
     kernel_used: str | None = None
@@ -99,9 +101,10 @@ class MethodState:
         if method.static:
             key = (method, call.tokens, q.device)
             return self.cache.static(key, lambda: method.pattern(q, k, call, self))
-        if self.refresh or self.pattern is None:
+        if self.refresh or self.pattern is None or self.tokens != call.tokens or not _fits(self.pattern, q):
             with torch.no_grad():
                 self.pattern = method.pattern(q, k, call, self)
+            self.tokens = call.tokens
         return self.pattern
 
     def mask(self, pattern: Pattern, call: AttentionCall) -> BlockMask:
@@ -119,3 +122,9 @@ class MethodState:
         """Forget the run: pattern and memory."""
         self.pattern = None
         self.memory.clear()
+
+
+def _fits(pattern: Pattern, q: Tensor) -> bool:
+    batch, heads = q.shape[:2]
+    shape = pattern.mask.indices.shape
+    return shape[0] in (1, batch) and shape[1] in (1, heads) and pattern.mask.device == q.device
