@@ -1,0 +1,63 @@
+# `make demo` makes a video, `make test` runs the tests. Both set up everything they need in $(VENV), once.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a green square moving up on a blue background
+OUTPUT ?= outputs/demo.mp4
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fastdit needs Python 3.10 or later; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "setting up $(VENV); PyTorch is a large download"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[test,quality]'
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/.ready  ## Make a video, sparse and dense, and say how they compare (PROMPT="...", OUTPUT=...)
+	@mkdir -p $(dir $(OUTPUT))
+	$(VENV)/bin/fastdit generate "$(PROMPT)" --compare -o "$(OUTPUT)"
+	@echo "the videos are in $(abspath $(dir $(OUTPUT)))"
+
+.PHONY: test
+test: $(VENV)/.ready-dev  ## Run all tests
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+.PHONY: test-fast
+test-fast: $(VENV)/.ready-dev  ## Run the tests that take seconds
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow" $(ARGS)
+
+.PHONY: style
+style: $(VENV)/.ready-dev  ## Format the code and mend what can be mended
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+.PHONY: quality
+quality: $(VENV)/.ready-dev  ## Check style, types, docstrings, import arrows
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tests/docstrings.py
+	$(VENV)/bin/basedpyright --pythonpath $(PY)
+	$(PY) -m pytest -q tests/test_imports.py
+
+.PHONY: clean
+clean:  ## Remove caches and build products
+	rm -rf build dist .pytest_cache .ruff_cache
+	find fastdit tests benches -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean  ## Remove the environment and the videos too
+	rm -rf $(VENV) outputs

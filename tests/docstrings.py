@@ -1,0 +1,177 @@
+"""Check what ruff cannot: docstrings against signatures, shapes, file sizes, tests that check nothing.
+
+Run as ``python tests/docstrings.py [FILE ...]``; prints ``file:line: what is wrong`` and exits with 1 if anything is.
+Presence, mood and layout of docstrings, documented exceptions and typed arguments are ruff's part (pyproject.toml).
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = 400
+KERNEL_LINES = 600
+SHAPE = re.compile(r"``[^`\n]*\([^`\n]*\)[^`\n]*``|0-d|``\(\)``")
+TENSOR = re.compile(r"\bTensor\b")
+SECTIONS = ("Args", "Returns", "Raises", "Yields", "Example", "Examples", "Note", "Notes")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def check_file(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of everything that is wrong in a file."""
+    text = file.read_text()
+    tree = ast.parse(text)
+    parts = file.resolve().relative_to(ROOT).parts
+    lines, limit = text.count("\n"), KERNEL_LINES if "kernels" in parts else LINES
+    if lines > limit:
+        yield 1, f"{lines} lines; {limit} is the limit: split the file by what its parts are about"
+    if parts[0] == "tests":
+        yield from thin_tests(tree)
+    else:
+        yield from public_names(tree, command_line=parts[:2] == ("fastdit", "cli"))
+
+
+def public_names(tree: ast.Module, *, command_line: bool) -> Iterator[tuple[int, str]]:
+    for node in tree.body:
+        if isinstance(node, Function) and is_public(node):
+            yield from check_function(node, command_line=command_line)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from check_class(node)
+            for inner in node.body:
+                if isinstance(inner, Function) and is_public(inner):
+                    yield from check_function(inner, name=f"{node.name}.{inner.name}")
+
+
+def is_public(node: Function) -> bool:
+    decorators = [ast.unparse(d) for d in node.decorator_list]
+    hidden = any("jit" in d or "overload" in d or d.endswith(".setter") for d in decorators)
+    return not node.name.startswith("_") and not hidden
+
+
+def check_function(node: Function, *, name: str = "", command_line: bool = False) -> Iterator[tuple[int, str]]:
+    name = name or node.name
+    doc = ast.get_docstring(node)
+    if doc is None:
+        return  # ruff says so
+    arguments = parameters(node)
+    if command_line and any(is_option(a) for a in arguments.values()):
+        for argument, node_ in arguments.items():
+            if is_option(node_) and "help=" not in ast.unparse(node_.annotation):
+                yield node_.lineno, f"{name}: option {argument} has no help"
+        return
+    documented = section(doc, "Args")
+    yield from compare(node.lineno, name, list(arguments), documented)
+    for argument, node_ in arguments.items():
+        if annotated_tensor(node_.annotation) and not SHAPE.search(documented.get(argument, "``()``")):
+            yield node_.lineno, f"{name}: no shape in double backticks for the tensor {argument}"
+    if annotated_tensor(node.returns) and not SHAPE.search(without(doc, "Args")):
+        yield node.lineno, f"{name}: no shape in double backticks for the tensor it returns"
+
+
+def check_class(node: ast.ClassDef) -> Iterator[tuple[int, str]]:
+    doc = ast.get_docstring(node)
+    if doc is None:
+        return
+    documented = section(doc, "Args")
+    if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        own = {
+            n.target.id: n.annotation
+            for n in node.body
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")
+        }
+        own = {name: kind for name, kind in own.items() if "ClassVar" not in ast.unparse(kind)}
+        inherits = any(ast.unparse(base) not in ("ABC", "Protocol") for base in node.bases)
+        known = own | dict.fromkeys(documented, ast.Constant(None)) if inherits else own
+        yield from compare(node.lineno, node.name, list(known), documented, ordered=not inherits)
+        for name, kind in own.items():
+            if annotated_tensor(kind) and not SHAPE.search(documented.get(name, "``()``")):
+                yield node.lineno, f"{node.name}: no shape in double backticks for the tensor {name}"
+        return
+    for inner in node.body:
+        if isinstance(inner, Function) and inner.name == "__init__":
+            documented = documented or section(ast.get_docstring(inner) or "", "Args")
+            yield from compare(node.lineno, node.name, list(parameters(inner)), documented)
+
+
+def compare(
+    line: int, name: str, actual: list[str], documented: dict[str, str], *, ordered: bool = True
+) -> Iterator[tuple[int, str]]:
+    missing = [a for a in actual if a not in documented]
+    extra = [d for d in documented if d not in actual]
+    if missing:
+        where = "missing under Args:" if documented else "no Args: section for"
+        yield line, f"{name}: {where} {', '.join(missing)}"
+    if extra:
+        yield line, f"{name}: under Args: but not in the signature: {', '.join(extra)}"
+    if ordered and not missing and not extra and list(documented) != actual:
+        yield line, f"{name}: Args: in another order than the signature"
+
+
+def parameters(node: Function) -> dict[str, ast.arg]:
+    arguments = node.args
+    named = [*arguments.posonlyargs, *arguments.args]
+    out = {a.arg: a for a in named if a.arg not in ("self", "cls")}
+    if arguments.vararg:
+        out[f"*{arguments.vararg.arg}"] = arguments.vararg
+    out |= {a.arg: a for a in arguments.kwonlyargs}
+    if arguments.kwarg:
+        out[f"**{arguments.kwarg.arg}"] = arguments.kwarg
+    return {name: a for name, a in out.items() if not name.startswith("_")}
+
+
+def annotated_tensor(annotation: ast.expr | None) -> bool:
+    # a callable or module that handles tensors is no tensor
+    text = ast.unparse(annotation) if annotation is not None else ""
+    return bool(TENSOR.search(re.sub(r"Callable\[.*\]|Iterator\[.*\]|dict\[.*\]", "", text)))
+
+
+def is_option(argument: ast.arg) -> bool:
+    return argument.annotation is not None and bool(re.search(r"typer\.(Option|Argument)", ast.unparse(argument.annotation)))
+
+
+def section(doc: str, title: str) -> dict[str, str]:
+    """Read the entries of a section of a Google docstring: name and text."""
+    entries: dict[str, str] = {}
+    name, inside = "", False
+    for line in doc.splitlines():
+        if re.fullmatch(r"\w+:", line):
+            inside = line == f"{title}:"
+        elif inside and line and not line.startswith(" "):
+            inside = False
+        elif inside and (found := re.match(r" {4}(\*{0,2}\w+)(?: \([^)]*\))?:(.*)", line)):
+            name = found[1]
+            entries[name] = found[2]
+        elif inside and name:
+            entries[name] += "\n" + line
+    return entries
+
+
+def without(doc: str, title: str) -> str:
+    return re.sub(rf"^{title}:\n(?:(?: .*)?\n)*", "", doc + "\n", flags=re.MULTILINE)
+
+
+def thin_tests(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    checking = re.compile(r"\bassert\w*\b|\braises\b|\bwarns\b|\bcheck\w*\b|\bexpect\w*\b|\bfail\b")
+    for node in ast.walk(tree):
+        if isinstance(node, Function) and node.name.startswith("test_") and not checking.search(ast.unparse(node)):
+            yield node.lineno, f"{node.name} checks nothing"
+
+
+def main(arguments: list[str]) -> int:
+    files = [Path(a) for a in arguments] or sorted(
+        file for folder in ("fastdit", "benches", "tests") for file in (ROOT / folder).rglob("*.py")
+    )
+    found = 0
+    for file in files:
+        for line, text in check_file(file):
+            found += 1
+            print(f"{file.resolve().relative_to(ROOT)}:{line}: {text}")
+    print(f"{len(files)} files, {found} violations")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
