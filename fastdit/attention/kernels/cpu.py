@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +12,38 @@ from torch.nn.functional import pad
 
 from ...mask import BlockMask
 
-_CHUNK_BYTES = 8 << 20
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_THREAD_BYTES = 2 << 20  # about what a core's L2 cache holds; larger chunks fall out of it
+_MAX_BYTES = 64 << 20
+_SLICE = 1 << 14  # index_select copies slices of 2**15 elements or more one by one, several times slower
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Rows that gather equally many keys.
+    """Lists of equally many keys, each shared by equally many query blocks.
 
     Args:
-        start: The first of the rows, in the plan's order.
-        lists: ``(R, count)`` int64 key blocks of each row; ``count`` may be 0.
-        keys: How many of the gathered keys are used, the first ones.
+        start: Position of the first query block in the plan's order.
+        shared: Query blocks that share a list, at least 1.
+        lists: ``(R, count)`` int64 key blocks; ``count`` may be 0.
+        keys: How many of the listed keys are used, the first ones.
         bias: ``(R, 1, 1, keys)`` fp32, -inf for padding; ``None`` if there is none.
+        first: The first key block where the group is one list of consecutive blocks, which need no gathering.
     """
 
     start: int
+    shared: int
     lists: Tensor
     keys: int
     bias: Tensor | None
+    first: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """The rows of one head, sorted into groups.
+    """The query blocks of one head, sorted into groups.
 
     Args:
         order: ``(Nq,)`` int64, the query blocks in the order in which they run.
@@ -43,6 +54,23 @@ class _Plan:
     order: Tensor
     inverse: Tensor
     groups: list[_Group]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Lists that run in one go.
+
+    Args:
+        rows: Which query blocks, as a slice of the plan's order.
+        lists: ``(R, count)`` int64 key blocks.
+        group: Where they come from.
+        bias: ``(R, 1, 1, keys)`` in the dtype of the queries, or ``None``.
+    """
+
+    rows: slice
+    lists: Tensor
+    group: _Group
+    bias: Tensor | None
 
 
 def available() -> str | None:
@@ -67,7 +95,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks.
+    """Compute the attention of listed blocks; the backward gathers again instead of keeping what was gathered.
 
     Args:
         q: ``(B, H, Sq, D)`` queries.
@@ -77,88 +105,194 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple
         scale: Softmax scale.
 
     Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32 or fp64.
+        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32 or
+        fp64, which carries no gradient.
     """
-    plans = mask.derived.get("cpu")
-    if plans is None:
-        plans = mask.derived["cpu"] = _plan(mask)
-    batch, heads = q.shape[:2]
-    outs, lses = [], []
-    for b in range(batch):
-        for h in range(heads):
+    return _BlockSparse.apply(q, k, v, mask, scale)  # type: ignore[return-value]
+
+
+class _BlockSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for b, h, plan in _heads(q, mask):
+            out[b, h], lse[b, h] = _head_forward(q[b, h], k[b, h], v[b, h], plan, mask, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask, ctx.scale = mask, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for b, h, plan in _heads(q, ctx.mask):
+            tensors = (x[b, h] for x in (q, k, v, out, lse, grads[0]))
+            dq[b, h], dk[b, h], dv[b, h] = _head_backward(*tensors, plan, ctx.mask, ctx.scale)
+        return dq, dk, dv, None, None
+
+
+def _heads(q: Tensor, mask: BlockMask) -> Iterator[tuple[int, int, _Plan]]:
+    if "cpu" not in mask.derived:
+        mask.derived["cpu"] = _plan(mask)
+    plans = mask.derived["cpu"]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
             row = plans[b if len(plans) > 1 else 0]
-            plan = row[h if len(row) > 1 else 0]
-            out, lse = _head(q[b, h], k[b, h], v[b, h], plan, mask.block_q, mask.block_k, scale)
-            outs.append(out)
-            lses.append(lse)
-    return torch.stack(outs).unflatten(0, (batch, heads)), torch.stack(lses).unflatten(0, (batch, heads))
+            yield b, h, row[h if len(row) > 1 else 0]
 
 
-def _head(
-    q: Tensor, k: Tensor, v: Tensor, plan: _Plan, block_q: int, block_k: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    tokens, dim = q.shape
-    queries = pad(q, (0, 0, 0, -tokens % block_q)).unflatten(0, (-1, block_q)).index_select(0, plan.order)
-    # Keys and values side by side: one gather fetches both.
-    pairs = pad(torch.cat([k, v], -1), (0, 0, 0, -k.shape[0] % block_k)).view(-1, block_k * 2 * dim)
-    outs, lses = [], []
+def _head_forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    dim = q.shape[1]
+    queries = _blocks(q, mask.block_q).index_select(0, plan.order)
+    keys, values = _blocks(k, mask.block_k), _blocks(v, mask.block_k)
+    out = torch.zeros_like(queries)
+    lse = torch.full_like(queries[..., 0], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    workspace = q.new_empty(2, _workspace(plan, keys))
+    for chunk in _chunks(plan, keys):
+        part_out, part_lse = _attention(
+            queries[chunk.rows].view(len(chunk.lists), 1, -1, dim),
+            _gather(keys, chunk, workspace[0]),
+            _gather(values, chunk, workspace[1]),
+            attn_mask=chunk.bias,
+            scale=scale,
+        )
+        out[chunk.rows] = part_out.view(-1, mask.block_q, dim)
+        lse[chunk.rows] = part_lse.reshape(-1, mask.block_q)
+    return _restore(out, plan, len(q)), _restore(lse, plan, len(q))
+
+
+def _head_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    plan: _Plan,
+    mask: BlockMask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dim = q.shape[1]
+    queries, outs, grads = (_blocks(x, mask.block_q).index_select(0, plan.order) for x in (q, out, grad))
+    lses = _blocks(lse[:, None], mask.block_q).index_select(0, plan.order)
+    keys, values = _blocks(k, mask.block_k), _blocks(v, mask.block_k)
+    dq, dk, dv = (
+        torch.zeros_like(queries),
+        torch.zeros_like(keys, dtype=lse.dtype),
+        torch.zeros_like(values, dtype=lse.dtype),
+    )
+    workspace = q.new_empty(2, _workspace(plan, keys))
+    for chunk in _chunks(plan, keys):
+        lists = len(chunk.lists)
+        part_q, part_k, part_v = _attention_backward(
+            grads[chunk.rows].view(lists, 1, -1, dim),
+            queries[chunk.rows].view(lists, 1, -1, dim),
+            _gather(keys, chunk, workspace[0]),
+            _gather(values, chunk, workspace[1]),
+            outs[chunk.rows].view(lists, 1, -1, dim),
+            lses[chunk.rows].view(lists, 1, -1),
+            0.0,
+            False,
+            attn_mask=chunk.bias,
+            scale=scale,
+        )
+        dq[chunk.rows] = part_q.reshape(-1, mask.block_q, dim)
+        for total, part in ((dk, part_k), (dv, part_v)):
+            tail = chunk.lists.shape[1] * mask.block_k - part.shape[2]
+            total.index_add_(
+                0, chunk.lists.flatten(), pad(part, (0, 0, 0, tail)).view(-1, mask.block_k, dim).to(total.dtype)
+            )
+    return _restore(dq, plan, len(q)), dk.flatten(0, 1)[: len(k)], dv.flatten(0, 1)[: len(v)]
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    return pad(x, (0, 0, 0, -len(x) % block)).contiguous().unflatten(0, (-1, block))
+
+
+def _restore(x: Tensor, plan: _Plan, tokens: int) -> Tensor:
+    return x.index_select(0, plan.inverse).flatten(0, 1)[:tokens]
+
+
+def _chunks(plan: _Plan, keys: Tensor) -> Iterator[_Chunk]:
     for group in plan.groups:
-        rows, count = group.lists.shape
+        lists, count = group.lists.shape
         if count == 0:
-            outs.append(queries.new_zeros(rows, block_q, dim))
-            lses.append(
-                queries.new_full((rows, block_q), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-            )
             continue
-        step = max(1, _CHUNK_BYTES // (count * pairs.shape[1] * pairs.element_size()))
-        for i in range(0, rows, step):
-            lists = group.lists[i : i + step]
-            part = queries[group.start + i : group.start + i + len(lists), None]
-            gathered = pairs.index_select(0, lists.flatten()).view(len(lists), 1, -1, 2 * dim)[:, :, : group.keys]
-            bias = None if group.bias is None else group.bias[i : i + step].to(q.dtype)
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                part, gathered[..., :dim], gathered[..., dim:], attn_mask=bias, scale=scale
-            )
-            outs.append(out[:, 0])
-            lses.append(lse[:, 0])
-    out = torch.cat(outs).index_select(0, plan.inverse).flatten(0, 1)[:tokens]
-    return out, torch.cat(lses).index_select(0, plan.inverse).flatten()[:tokens]
+        step = _step(count, keys)
+        for i in range(0, lists, step):
+            part = group.lists[i : i + step]
+            start = group.start + i * group.shared
+            bias = None if group.bias is None else group.bias[i : i + step].to(keys.dtype)
+            yield _Chunk(slice(start, start + len(part) * group.shared), part, group, bias)
+
+
+def _step(count: int, keys: Tensor) -> int:
+    budget = min(_MAX_BYTES, _THREAD_BYTES * torch.get_num_threads())
+    return max(1, budget // (2 * count * keys[0].numel() * keys.element_size()))
+
+
+def _workspace(plan: _Plan, keys: Tensor) -> int:
+    sizes = [
+        g.lists.shape[1] * min(len(g.lists), _step(max(1, g.lists.shape[1]), keys))
+        for g in plan.groups
+        if g.first is None
+    ]
+    return max(sizes, default=0) * keys[0].numel()
+
+
+def _gather(blocks: Tensor, chunk: _Chunk, workspace: Tensor) -> Tensor:
+    lists, count = chunk.lists.shape
+    block, dim = blocks.shape[1:]
+    first = chunk.group.first
+    if first is not None:
+        return blocks[first : first + count].view(1, 1, -1, dim)[:, :, : chunk.group.keys]
+    parts = 1
+    while block * dim // parts > _SLICE and block % (2 * parts) == 0:
+        parts *= 2
+    index = chunk.lists.flatten()
+    if parts > 1:
+        index = (index[:, None] * parts + torch.arange(parts)).flatten()
+    gathered = workspace[: lists * count * block * dim].view(len(index), -1)
+    torch.index_select(blocks.view(-1, gathered.shape[1]), 0, index, out=gathered)
+    return gathered.view(lists, 1, -1, dim)[:, :, : chunk.group.keys]
 
 
 def _plan(mask: BlockMask) -> list[list[_Plan]]:
     batch, heads = torch.broadcast_shapes(mask.indices.shape[:2], mask.lengths_k.shape[:2])
-    width = mask.indices.shape[-1]
-    listed = torch.arange(width) < mask.counts[..., None]
+    listed = torch.arange(mask.indices.shape[-1]) < mask.counts[..., None]
     indices = torch.where(listed, mask.indices, 0).long().expand(batch, heads, -1, -1)
     lengths = mask.lengths_k[:, :, None].expand(batch, heads, mask.num_q, -1).gather(-1, indices) * listed
     # Full blocks come first, so that a row whose only ragged block is the last can be cut short; a row with
     # several needs a bias. Blocks that are all padding come last and are dropped.
     kind = (lengths < mask.block_k).to(torch.int8) + (lengths == 0)
     order = kind.sort(dim=-1, stable=True).indices
-    indices, lengths = indices.gather(-1, order), lengths.gather(-1, order)
+    lengths = lengths.gather(-1, order)
+    indices = torch.where(lengths > 0, indices.gather(-1, order), -1)
+    return [[_plan_head(indices[b, h], lengths[b, h], mask.block_k) for h in range(heads)] for b in range(batch)]
+
+
+def _plan_head(indices: Tensor, lengths: Tensor, block_k: int) -> _Plan:
+    lists, owner, shared = indices.unique(dim=0, return_inverse=True, return_counts=True)
+    by_list = owner.sort(stable=True).indices
+    starts = shared.cumsum(0) - shared
+    lengths = lengths[by_list[starts]]
     counts = (lengths > 0).sum(-1)
-    biased = (counts - (kind == 0).sum(-1)) > 1
-    keys = torch.where(biased, counts * mask.block_k, lengths.sum(-1))
-    return [
-        [
-            _plan_head(indices[b, h], lengths[b, h], counts[b, h], keys[b, h], biased[b, h], mask.block_k)
-            for h in range(heads)
-        ]
-        for b in range(batch)
-    ]
-
-
-def _plan_head(indices: Tensor, lengths: Tensor, counts: Tensor, keys: Tensor, biased: Tensor, block_k: int) -> _Plan:
-    key = keys * 2 + biased
-    key, order = key.sort(stable=True)
-    groups, start = [], 0
-    for size in key.unique_consecutive(return_counts=True)[1].tolist():
-        rows = order[start : start + size]
-        first = rows[0]
-        count, bias = int(counts[first]), None
-        if biased[first]:
-            padding = torch.arange(block_k) >= lengths[rows, :count, None]
-            bias = torch.zeros(padding.shape).masked_fill(padding, -torch.inf).flatten(1)[:, None, None]
-        groups.append(_Group(start, indices[rows, :count].contiguous(), int(keys[first]), bias))
-        start += size
+    biased = ((lengths > 0) & (lengths < block_k)).sum(-1) > 1
+    keys = torch.where(biased, counts * block_k, lengths.sum(-1))
+    kinds, member = torch.stack([shared, keys, biased], 1).unique(dim=0, return_inverse=True)
+    groups, order, start = [], [], 0
+    for i, (share, used, bias) in enumerate(kinds.tolist()):
+        rows = (member == i).nonzero()[:, 0]
+        listed = lists[rows, : counts[rows[0]]].contiguous()
+        added = None
+        if bias:
+            padding = torch.arange(block_k) >= lengths[rows, : listed.shape[1], None]
+            added = torch.zeros(padding.shape).masked_fill(padding, -torch.inf).flatten(1)[:, None, None]
+        consecutive = len(rows) == 1 and bool((listed[0].diff() == 1).all()) and used > 0
+        groups.append(_Group(start, share, listed, used, added, int(listed[0, 0]) if consecutive else None))
+        order.append(by_list[starts[rows][:, None] + torch.arange(share)].flatten())
+        start += len(order[-1])
+    order = torch.cat(order)
     return _Plan(order, order.argsort(), groups)
