@@ -14,17 +14,24 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: python
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "fastdit needs Python 3.10 or later; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+
+$(VENV)/.ready: $(INPUTS) | python
 	@echo "setting up $(VENV); PyTorch is a large download"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
+$(VENV)/.ready-dev: $(INPUTS) | python
+	@echo "setting up $(VENV), with what tests and checks need; PyTorch is a large download"
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[test,quality]'
-	@touch $@
+	@touch $(VENV)/.ready $@
 
 .PHONY: demo
 demo: $(VENV)/.ready  ## Make a video, sparse and dense, and say how they compare (PROMPT="...", OUTPUT=...)
@@ -45,12 +52,20 @@ style: $(VENV)/.ready-dev  ## Format the code and mend what can be mended
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-.PHONY: quality
-quality: $(VENV)/.ready-dev  ## Check style, types, docstrings, import arrows
+.PHONY: quality lint docstrings types arrows
+quality: lint docstrings types arrows  ## Check style, docstrings, types, import arrows
+
+lint: $(VENV)/.ready-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+docstrings: $(VENV)/.ready-dev
 	$(PY) tests/docstrings.py
-	$(VENV)/bin/basedpyright --pythonpath $(PY)
+
+types: $(VENV)/.ready-dev
+	$(PY) -m basedpyright --pythonpath $(PY)
+
+arrows: $(VENV)/.ready-dev
 	$(PY) -m pytest -q tests/test_imports.py
 
 .PHONY: clean

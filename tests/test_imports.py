@@ -72,7 +72,9 @@ def imports(file: Path) -> Iterator[Import]:
                     inner = f"{target}.{alias.name}"
                     yield Import(file, child.lineno, source, inner if is_module(inner) else target, at_import)
             else:
-                inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or is_type_checking(child)
+                inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or is_type_checking(
+                    child
+                )
                 yield from visit(child, at_import and not inside)
 
     yield from visit(ast.parse(file.read_text()), True)
