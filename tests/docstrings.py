@@ -1,7 +1,7 @@
-"""Check what ruff cannot: docstrings against signatures, shapes, file sizes, tests that check nothing.
+"""Check what ruff cannot: docstrings against signatures, shapes, types, file sizes, tests that check nothing.
 
 Run as ``python tests/docstrings.py [FILE ...]``; prints ``file:line: what is wrong`` and exits with 1 if anything is.
-Presence, mood and layout of docstrings, documented exceptions and typed arguments are ruff's part (pyproject.toml).
+That docstrings are there, their mood and layout, and documented exceptions are ruff's part (pyproject.toml).
 """
 
 import ast
@@ -39,6 +39,12 @@ def check_file(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def public_names(tree: ast.Module, *, command_line: bool) -> Iterator[tuple[int, str]]:
+    functions = [node for node in tree.body if isinstance(node, Function)]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            functions += [inner for inner in node.body if isinstance(inner, Function)]
+    for node in functions:
+        yield from check_types(node)
     for node in tree.body:
         if isinstance(node, Function) and is_public(node):
             yield from check_function(node, node.name, command_line=command_line)
@@ -53,6 +59,16 @@ def is_public(node: Function) -> bool:
     decorators = [ast.unparse(d) for d in node.decorator_list]
     hidden = any("jit" in d or "overload" in d or d.endswith(".setter") for d in decorators)
     return not node.name.startswith("_") and not hidden
+
+
+def check_types(node: Function) -> Iterator[tuple[int, str]]:
+    if any("jit" in ast.unparse(d) for d in node.decorator_list):
+        return
+    untyped = [name for name, argument in parameters(node).items() if argument.annotation is None]
+    if untyped:
+        yield node.lineno, f"{node.name}: no type for {', '.join(untyped)}"
+    if node.returns is None and node.name != "__init__":
+        yield node.lineno, f"{node.name}: no type for what it returns"
 
 
 def check_function(node: Function, name: str, *, command_line: bool = False) -> Iterator[tuple[int, str]]:

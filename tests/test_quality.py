@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from docstrings import check_class, check_function, thin_tests
+from docstrings import check_class, check_function, check_types, thin_tests
 
 RIGHT = '''
 def keep(scores: Tensor, p: float) -> Tensor:
@@ -55,6 +55,13 @@ def test_function(case):
 def test_class(case):
     source, expected = CLASSES[case]
     check(list(check_class(ast.parse(source).body[0])), expected)
+
+
+def test_types():
+    source = "def f(a, b: int, *c, d=1, **e: int):\n    pass"
+    check(list(check_types(ast.parse(source).body[0])), ["no type for a, *c, d", "no type for what it returns"])
+    source = "@triton.jit\ndef f(a, BLOCK: tl.constexpr):\n    pass"
+    check(list(check_types(ast.parse(source).body[0])), [])
 
 
 def test_thin_tests():
