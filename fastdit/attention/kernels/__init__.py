@@ -19,7 +19,7 @@ from ...mask import BlockMask
 
 _AUTOMATIC = ("triton", "cpu")
 _ON_REQUEST = ("reference",)
-_MODULES = {"triton": "triton_fwd"}
+_MODULES = {"triton": "triton_attention"}
 
 
 def block_sparse_attention(

@@ -1,24 +1,249 @@
-"""Attention of listed blocks on NVIDIA GPUs, in Triton."""
+"""The forward pass over listed blocks, for NVIDIA GPUs from compute capability 8.0 on."""
 
 from __future__ import annotations
 
+import math
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...mask import BlockMask
+from .triton_config import Config
 
 
-def available() -> str | None:
-    """Return why this kernel cannot run on this machine, or ``None``."""
-    return "it is not built yet"
+@triton.jit
+def _dot(a, b, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    # The interpreter multiplies the raw bits of bf16; widening costs nothing on a GPU, where it is off.
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
+@triton.jit
+def _attend(
+    q,
+    acc,
+    total,
+    top,
+    k_ptrs,
+    v_ptrs,
+    block,
+    within,
+    length,
+    scale,
+    stride_kk,
+    stride_vk,
+    dims,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    RAGGED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    start = block.to(tl.int64) * BLOCK_K + within
+    k_tile = k_ptrs + start * stride_kk
+    v_tile = v_ptrs + start * stride_vk
+    real = within + tl.arange(0, TILE_K) < length
+    if RAGGED:
+        present = real[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_tile, mask=present, other=0.0)
+        v = tl.load(v_tile, mask=present, other=0.0)
+    elif HEAD_DIM != PADDED_DIM:
+        present = (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_tile, mask=present, other=0.0)
+        v = tl.load(v_tile, mask=present, other=0.0)
+    else:
+        k = tl.load(k_tile)
+        v = tl.load(v_tile)
+    scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
+    if RAGGED:
+        scores = tl.where(real[None, :], scores * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # While a row has seen no key its maximum is -inf, and -inf minus -inf is no number.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        base = new_top
+        weights = tl.exp2(scores * scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDEN, PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def _block_sparse_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    indices_ptr,
+    counts_ptr,
+    full_counts_ptr,
+    lengths_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_ib,
+    stride_ih,
+    stride_iq,
+    stride_cb,
+    stride_ch,
+    stride_lb,
+    stride_lh,
+    tokens_q,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    SPLIT: tl.constexpr = BLOCK_K // TILE_K
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tile // (BLOCK_Q // TILE_Q)
+
+    offsets_q = tl.arange(0, TILE_Q)
+    offsets_k = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    start_q = tile.to(tl.int64) * TILE_Q
+    inside = start_q + offsets_q < tokens_q
+    present = inside[:, None] & (dims < HEAD_DIM)[None, :]
+
+    q_tile = q_ptr + batch * stride_qb + head * stride_qh + start_q * stride_qs
+    q = tl.load(q_tile + offsets_q[:, None] * stride_qs + dims[None, :], mask=present, other=0.0)
+    k_ptrs = k_ptr + batch * stride_kb + head * stride_kh + offsets_k[:, None] * stride_ks + dims[None, :]
+    v_ptrs = v_ptr + batch * stride_vb + head * stride_vh + offsets_k[:, None] * stride_vs + dims[None, :]
+    list_ptr = indices_ptr + batch * stride_ib + head * stride_ih + row.to(tl.int64) * stride_iq
+    length_ptr = lengths_ptr + batch * stride_lb + head * stride_lh
+    count = tl.load(counts_ptr + batch * stride_cb + head * stride_ch + row)
+    full_count = tl.load(full_counts_ptr + batch * stride_cb + head * stride_ch + row)
+
+    acc = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    for i in tl.range(0, full_count * SPLIT):
+        block = tl.load(list_ptr + i // SPLIT)
+        acc, total, top = _attend(
+            q, acc, total, top, k_ptrs, v_ptrs, block, (i % SPLIT) * TILE_K, BLOCK_K, scale, stride_ks, stride_vs,
+            dims, HEAD_DIM, PADDED_DIM, BLOCK_K, TILE_K, False, WIDEN, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(full_count * SPLIT, count * SPLIT):
+        block = tl.load(list_ptr + i // SPLIT)
+        length = tl.load(length_ptr + block)
+        acc, total, top = _attend(
+            q, acc, total, top, k_ptrs, v_ptrs, block, (i % SPLIT) * TILE_K, length, scale, stride_ks, stride_vs,
+            dims, HEAD_DIM, PADDED_DIM, BLOCK_K, TILE_K, True, WIDEN, PRECISION,
+        )  # fmt: skip
+
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    lse = tl.where(some, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
+    out = acc / safe[:, None]
+    out_tile = out_ptr + batch * stride_ob + head * stride_oh + start_q * stride_os
+    out_ptrs = out_tile + offsets_q[:, None] * stride_os + dims[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=present)
+    lse_row = (batch * tl.num_programs(1) + head) * tokens_q
+    tl.store(lse_ptr + lse_row + start_q + offsets_q, lse, mask=inside)
+
+
+def block_sparse_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel.
 
     Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
+        q: ``(B, H, Sq, D)`` queries, last axis contiguous.
+        k: ``(B, H, Sk, D)`` keys, likewise.
+        v: ``(B, H, Sk, D)`` values, likewise.
         mask: The blocks.
+        scale: Softmax scale.
+        config: Tiles that divide the mask's blocks.
+
+    Returns:
+        The output, ``(B, H, Sq, D)`` in the dtype and memory order of ``q``, and the natural log-sum-exp,
+        ``(B, H, Sq)`` fp32.
     """
-    return available()
+    if scale < 0:
+        # The kernel takes the row maximum before it scales.
+        q, scale = -q, -scale
+    batch, heads, tokens, dim = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    indices, counts, full_counts, lengths = (
+        x.contiguous() for x in (mask.indices, mask.counts, mask.full_counts, mask.lengths_k)
+    )
+    _block_sparse_fwd_kernel[(triton.cdiv(tokens, config.tile_q), heads, batch)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        indices,
+        counts,
+        full_counts,
+        lengths,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *_broadcast_strides(indices),
+        indices.stride(2),
+        *_broadcast_strides(counts),
+        *_broadcast_strides(lengths),
+        tokens,
+        scale * math.log2(math.e),
+        **constants(dim, q.dtype, mask.block_q, mask.block_k, config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, lse
+
+
+def constants(
+    head_dim: int, dtype: torch.dtype, block_q: int, block_k: int, config: Config
+) -> dict[str, int | bool | str]:
+    """Return the compile-time arguments of the forward kernel.
+
+    Args:
+        head_dim: In [16, 128].
+        dtype: Of q, k and v.
+        block_q: Queries in a block of the mask.
+        block_k: Keys in a block of the mask.
+        config: Tiles that divide the mask's blocks.
+    """
+    return {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": triton.next_power_of_2(head_dim),
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "TILE_Q": config.tile_q,
+        "TILE_K": config.tile_k,
+        "WIDEN": triton.knobs.runtime.interpret and dtype == torch.bfloat16,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }
+
+
+def _broadcast_strides(x: Tensor) -> tuple[int, int]:
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0

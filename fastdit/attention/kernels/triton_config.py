@@ -1,0 +1,71 @@
+"""Which tiles the Triton kernels use on which GPU: plain data, tuned by hand or by a script, never at import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one compiled kernel.
+
+    Args:
+        tile_q: Queries a program holds, a power of two of at least 16; it divides the mask's ``block_q``.
+        tile_k: Keys per inner iteration, a power of two of at least 16; it divides the mask's ``block_k``.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        variant: How tiles are read: ``"loads"`` is the only one so far.
+    """
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    variant: str = "loads"
+
+
+_SMALL = (Config(32, 32, 4, 2), Config(16, 16, 4, 2))
+
+_HALF_64 = (Config(128, 64, 4, 2), Config(64, 64, 4, 2), *_SMALL)
+_HALF_128 = (Config(128, 64, 8, 2), Config(64, 64, 8, 2), *_SMALL)
+_SINGLE = (Config(64, 32, 8, 2), *_SMALL)
+
+# (architecture, padded head dim, bits per element): best first. The first whose tiles divide the blocks is used.
+TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {}
+for _arch in (80, 89, 90, 100, 120):
+    for _dim in (32, 64, 128):
+        TABLE[_arch, _dim, 16] = _HALF_128 if _dim == 128 else _HALF_64
+        TABLE[_arch, _dim, 32] = _SINGLE
+
+
+def choose_config(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_q: int, block_k: int
+) -> Config:
+    """Return the best settings for a call.
+
+    Args:
+        capability: Compute capability of the GPU, ``(8, 0)`` or later.
+        head_dim: In [16, 128].
+        dtype: bf16, fp16 or fp32.
+        block_q: Queries in a block of the mask, a multiple of 16.
+        block_k: Keys in a block of the mask, a multiple of 16.
+    """
+    dim = next(d for d in (32, 64, 128) if head_dim <= d)
+    for config in TABLE[table_arch(capability), dim, dtype.itemsize * 8]:
+        if block_q % config.tile_q == 0 and block_k % config.tile_k == 0:
+            return config
+    raise AssertionError(f"no tiles for blocks of {block_q} and {block_k}")
+
+
+def table_arch(capability: tuple[int, int]) -> int:
+    """Return the row of the table that serves a GPU.
+
+    Args:
+        capability: Compute capability, ``(8, 0)`` or later. Unknown ones are served like the nearest before them.
+    """
+    if capability[0] == 8:
+        # 8.6 and 8.9 have less shared memory than 8.0.
+        return 80 if capability == (8, 0) else 89
+    return {9: 90, 10: 100, 11: 100}.get(capability[0], 120)
