@@ -19,6 +19,7 @@ ORDER = (
     {"search"},
     {"report"},
     {"api"},
+    {"attach"},
     {""},  # fastdit/__init__.py
     {"demo"},
     {"cli", "benches"},

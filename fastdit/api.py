@@ -1,0 +1,400 @@
+"""Enable, inspect and disable sparse attention on a pipeline or a transformer."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .attention import AttentionMethod, MethodState, Pattern, get_method
+from .attention.kernels import list_kernels
+from .pipelines.base import find_family
+from .pipelines.context import RunTracker
+from .pipelines.intercept import install, installed, uninstall
+from .pipelines.presets import find_preset
+from .pipelines.runtime import Layer, Runtime, Settings
+from .report import summary
+from .schedule import Schedule
+from .tokens import AttentionCall, TokenSpec, VideoGrid
+
+_TRANSFORMERS = ("transformer", "transformer_2")
+
+
+class SparseAttention:
+    """Show and control the sparse attention of a pipeline; ``enable_sparse_attention`` returns one.
+
+    Args:
+        transformers: The models, kept by weak reference.
+        runtimes: What runs their attention.
+    """
+
+    def __init__(self, transformers: Sequence[Module], runtimes: Sequence[Runtime]) -> None:
+        self._transformers = [weakref.ref(transformer) for transformer in transformers]
+        self._runtimes = list(runtimes)
+
+    @property
+    def method(self) -> AttentionMethod:
+        """Return the method."""
+        return self._runtimes[0].settings.method
+
+    @property
+    def schedule(self) -> Schedule:
+        """Return which steps and layers stay dense."""
+        return self._runtimes[0].settings.schedule
+
+    @property
+    def density(self) -> float | None:
+        """Return the mean measured density of the sparse calls, in [0, 1]; ``None`` before the first."""
+        return _density(self._layers())
+
+    @property
+    def overall_density(self) -> float | None:
+        """Return the mean density of all calls, dense ones counted as 1; ``None`` before the first."""
+        return _density(self._layers(), overall=True)
+
+    @property
+    def attention_seconds(self) -> float:
+        """Return the time of all self-attention calls in seconds, waiting for the device."""
+        return sum(_seconds(layer) for layer in self._layers())
+
+    def summary(self) -> str:
+        """Describe as a table what ran in each layer: calls, measured density, time, dense calls and why."""
+        return summary(self.report())
+
+    def report(self) -> dict[str, Any]:
+        """Return everything ``summary()`` shows, as plain values that JSON can hold."""
+        layers = [
+            {"transformer": runtime.title, **_layer_report(layer)}
+            for runtime in self._runtimes
+            for layer in runtime.layers
+        ]
+        return {
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "schedule": asdict(self.schedule),
+            "kernel": self._runtimes[0].settings.kernel,
+            "density": self.density,
+            "overall_density": self.overall_density,
+            "attention_seconds": self.attention_seconds,
+            "totals": _totals(layers),
+            "layers": layers,
+        }
+
+    def reset(self) -> None:
+        """Forget counts, cached patterns and what methods remember; sparse attention stays enabled."""
+        for runtime in self._runtimes:
+            runtime.forget()
+
+    def disable(self) -> None:
+        """Restore the stock attention, as ``disable_sparse_attention`` does; counts can still be read."""
+        for reference, runtime in zip(self._transformers, self._runtimes, strict=True):
+            transformer = reference()
+            if transformer is None:
+                continue
+            found = installed(transformer)
+            if found is not None and found.runtime is runtime:
+                uninstall(transformer)
+            runtime.release()
+
+    def _layers(self) -> list[Layer]:
+        return [layer for runtime in self._runtimes for layer in runtime.layers]
+
+    def __repr__(self) -> str:
+        return f"SparseAttention({self.method!r}, {self.schedule!r}, {len(self._layers())} layers)"
+
+
+def enable_sparse_attention(
+    target: Any,
+    method: str | AttentionMethod | None = None,
+    *,
+    schedule: Schedule | None = None,
+    kernel: str | None = None,
+    **fields: Any,
+) -> SparseAttention:
+    """Run the video self-attention of a pipeline or transformer sparse, from its next call on.
+
+    Sizes, steps and guidance passes are read from each call. Enabling again replaces what was enabled before.
+
+    Args:
+        target: A diffusers pipeline, whose ``transformer`` and ``transformer_2`` are both meant, or a transformer.
+        method: Name of a method, a method, or ``None`` for the model's preset.
+        schedule: Which steps and layers stay dense; default: the preset's. A bare transformer does not know how many
+            steps there will be, so by default it has no dense steps.
+        kernel: One of ``list_kernels()``; default: the fastest that can run.
+        **fields: Fields of the method, such as ``density``.
+
+    Raises:
+        ValueError: Model, method or kernel is unknown, or a value is out of range; nothing has been changed then.
+        TypeError: The method has no such field, or a method object is given together with fields.
+        RuntimeError: The attention processors of the model cannot be intercepted; nothing has been changed then.
+    """
+    transformers = _transformers(target)
+    families = [find_family(transformer) for transformer in transformers.values()]
+    first = next(iter(transformers.values()))
+    preset = find_preset(families[0], first)
+    if method is None:
+        method = get_method(preset.method, **{**preset.fields, **fields})
+    elif isinstance(method, str):
+        method = get_method(method, **fields)
+    elif not isinstance(method, AttentionMethod):
+        raise TypeError(f"method must be a name, a method or None, got {type(method).__name__}")
+    elif fields:
+        raise TypeError(
+            f"fields ({', '.join(fields)}) cannot be combined with a method object; "
+            f"give the name {method.name!r}, or set them with dataclasses.replace"
+        )
+    if kernel is not None and kernel not in list_kernels():
+        raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
+    bare = isinstance(target, Module)
+    if schedule is None:
+        schedule = replace(preset.schedule, warmup_steps=0, tail_steps=0) if bare else preset.schedule
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastdit.Schedule, got {type(schedule).__name__}")
+    settings = Settings(method, schedule, kernel)
+    tracker = RunTracker(None if bare else target)
+    prepared = []
+    for (title, transformer), family in zip(transformers.items(), families, strict=True):
+        modules = family.self_attentions(transformer)
+        _check_layers(schedule, len(modules))
+        prepared.append(
+            (transformer, Runtime(family, settings, tracker, [name for name, _ in modules], title), modules)
+        )
+    disable_sparse_attention(target)
+    handle = SparseAttention(list(transformers.values()), [runtime for _, runtime, _ in prepared])
+    try:
+        for transformer, runtime, modules in prepared:
+            install(transformer, runtime, modules).owner = handle
+    except RuntimeError:
+        handle.disable()
+        raise
+    return handle
+
+
+def disable_sparse_attention(target: Any) -> None:
+    """Restore the stock attention exactly; without sparse attention nothing happens.
+
+    Args:
+        target: A diffusers pipeline or a transformer.
+
+    Raises:
+        ValueError: ``target`` has no transformer.
+    """
+    for transformer in _transformers(target).values():
+        found = installed(transformer)
+        if found is not None:
+            uninstall(transformer)
+            found.runtime.release()
+
+
+@contextmanager
+def sparse_attention(
+    target: Any,
+    method: str | AttentionMethod | None = None,
+    *,
+    schedule: Schedule | None = None,
+    kernel: str | None = None,
+    **fields: Any,
+) -> Iterator[SparseAttention]:
+    """Enable sparse attention for the length of a ``with`` block.
+
+    Args:
+        target: As for ``enable_sparse_attention``.
+        method: Likewise.
+        schedule: Likewise.
+        kernel: Likewise.
+        **fields: Likewise.
+
+    Raises:
+        ValueError: As for ``enable_sparse_attention``.
+        TypeError: Likewise.
+        RuntimeError: Likewise.
+    """
+    handle = enable_sparse_attention(target, method, schedule=schedule, kernel=kernel, **fields)
+    try:
+        yield handle
+    finally:
+        handle.disable()
+
+
+def find_sparse_attention(target: Any) -> SparseAttention | None:
+    """Return the handle of a pipeline or transformer, or ``None`` where sparse attention is not enabled.
+
+    Args:
+        target: A diffusers pipeline or a transformer.
+
+    Raises:
+        ValueError: ``target`` has no transformer.
+    """
+    found = [(transformer, installed(transformer)) for transformer in _transformers(target).values()]
+    enabled = [(transformer, installation) for transformer, installation in found if installation is not None]
+    if not enabled:
+        return None
+    owner = enabled[0][1].owner
+    if owner is None:
+        # a deep copy: it runs sparse like the original, and has counts of its own
+        owner = SparseAttention([transformer for transformer, _ in enabled], [found.runtime for _, found in enabled])
+        for _, installation in enabled:
+            installation.owner = owner
+    return owner
+
+
+def sparse_attention_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int, int],
+    method: str | AttentionMethod,
+    text_tokens: int = 0,
+    text_first: bool = False,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    kernel: str | None = None,
+    state: MethodState | None = None,
+    **fields: Any,
+) -> Tensor:
+    """Compute one sparse self-attention call, for a model of your own.
+
+    Args:
+        q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+        k: ``(B, H, S, D)`` keys, likewise.
+        v: ``(B, H, S, D)`` values.
+        grid: ``(frames, height, width)`` of the video tokens.
+        method: Name of a method, or a method.
+        text_tokens: Text tokens in the same sequence, at least 0.
+        text_first: Whether they come before the video.
+        scale: Softmax scale; default ``D ** -0.5``.
+        key_padding: ``(B, S)`` bool, True where a key is padding; in each sample real text comes before it.
+        kernel: One of ``list_kernels()``; default: the fastest that can run.
+        state: What the method remembers from call to call; default: nothing.
+        **fields: Fields of the method, if given by name.
+
+    Returns:
+        ``(B, H, S, D)`` in the dtype of ``q``.
+
+    Raises:
+        ValueError: Method or kernel is unknown, a value is out of range, or the tokens do not add up to ``S``.
+        TypeError: The method has no such field, or a method object is given together with fields.
+    """
+    method = _method(method, fields)
+    tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
+    _check_length(tokens, q.shape[2])
+    call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
+    return method.forward(q, k, v, call, MethodState(kernel=kernel) if state is None else state)
+
+
+def pattern(
+    method: str | AttentionMethod,
+    *,
+    grid: tuple[int, int, int],
+    text_tokens: int = 0,
+    text_first: bool = False,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    **fields: Any,
+) -> Pattern:
+    """Return the pattern a method chooses, without computing attention.
+
+    Args:
+        method: Name of a method, or a method.
+        grid: ``(frames, height, width)`` of the video tokens.
+        text_tokens: Text tokens in the same sequence, at least 0.
+        text_first: Whether they come before the video.
+        q: ``(B, H, S, D)`` queries; static methods need none.
+        k: ``(B, H, S, D)`` keys; static methods need none.
+        **fields: Fields of the method, if given by name.
+
+    Raises:
+        ValueError: The method needs q and k and they are missing, or as for ``sparse_attention_call``.
+        TypeError: The method has no such field, or a method object is given together with fields.
+    """
+    method = _method(method, fields)
+    tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
+    if q is None or k is None:
+        if not method.static:
+            raise ValueError(f"method {method.name!r} chooses its blocks from queries and keys: give q and k")
+        q = k = torch.zeros(1, 1, 1, 1).expand(1, 1, tokens.num_tokens, 1)
+    _check_length(tokens, q.shape[2])
+    return method.pattern(q, k, AttentionCall(tokens=tokens), MethodState())
+
+
+def _method(method: str | AttentionMethod, fields: Mapping[str, Any]) -> AttentionMethod:
+    if isinstance(method, str):
+        return get_method(method, **fields)
+    if fields:
+        raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with a method object; give its name instead")
+    return method
+
+
+def _check_length(tokens: TokenSpec, length: int) -> None:
+    if tokens.num_tokens != length:
+        raise ValueError(
+            f"a grid of {tokens.grid} and {tokens.text_tokens} text tokens make {tokens.num_tokens} tokens, "
+            f"but q has {length}"
+        )
+
+
+def _check_layers(schedule: Schedule, count: int) -> None:
+    wrong = [index for index in schedule.dense_layers if not -count <= index < count]
+    if wrong:
+        raise ValueError(f"dense_layers names layers {wrong}, but the transformer has {count} self-attention layers")
+
+
+def _transformers(target: Any) -> dict[str, Module]:
+    if isinstance(target, Module):
+        return {"transformer": _unwrap(target)}
+    found = {name: getattr(target, name, None) for name in _TRANSFORMERS}
+    transformers = {name: _unwrap(model) for name, model in found.items() if isinstance(model, Module)}
+    if not transformers:
+        raise ValueError(
+            f"{type(target).__name__} has no transformer; give a diffusers video pipeline or its transformer"
+        )
+    return transformers
+
+
+def _unwrap(model: Module) -> Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _seconds(layer: Layer) -> float:
+    return layer.stats.sparse_time.seconds + layer.stats.dense_time.seconds
+
+
+def _density(layers: Sequence[Layer], overall: bool = False) -> float | None:
+    dense = sum(layer.stats.dense_calls for layer in layers) if overall else 0
+    calls = sum(layer.stats.measured for layer in layers) + dense
+    return (sum(layer.stats.kept for layer in layers) + dense) / calls if calls else None
+
+
+def _layer_report(layer: Layer) -> dict[str, Any]:
+    stats = layer.stats
+    return {
+        "layer": layer.name,
+        "calls": stats.calls,
+        "sparse_calls": stats.sparse_calls,
+        "density": _density([layer]),
+        "sparse_seconds": stats.sparse_time.seconds,
+        "dense_seconds": stats.dense_time.seconds,
+        "dense": dict(stats.scheduled),
+        "fallbacks": dict(stats.fallbacks),
+    }
+
+
+def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    sums = ("calls", "sparse_calls", "sparse_seconds", "dense_seconds")
+    reasons = ("dense", "fallbacks")
+    totals: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in sums}
+    totals |= {name: dict(sum((Counter(layer[name]) for layer in layers), Counter())) for name in reasons}
+    return totals

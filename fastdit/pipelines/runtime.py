@@ -1,0 +1,302 @@
+"""Decide for every attention call of a transformer whether it runs sparse, run it, and count it."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..attention import AttentionMethod, MethodState, PatternCache
+from ..schedule import Schedule
+from ..tokens import AttentionCall, TokenSpec, VideoGrid
+from .base import ModelFamily
+from .context import RunTracker
+from .padding import PaddingReader
+from .stats import LayerStats
+
+LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+"""Live layers by number: the compiled graph knows a layer only by a tensor that holds its number."""
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold what the user chose, for all transformers of a pipeline.
+
+    Args:
+        method: Which blocks are computed.
+        schedule: Which steps and layers stay dense.
+        kernel: Name of the kernel; ``None`` chooses.
+    """
+
+    method: AttentionMethod
+    schedule: Schedule
+    kernel: str | None = None
+
+
+@dataclass
+class Forward:
+    """Hold what is known about the forward pass that runs now.
+
+    Args:
+        grid: The video tokens, or the reason why they are unknown.
+        calls: Attention calls that each layer makes in it.
+        reached: Attention calls so far, per layer.
+    """
+
+    grid: VideoGrid | str
+    calls: int
+    reached: list[int]
+    specs: dict[int, TokenSpec | str] = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """Hold a method's state for one layer, guidance pass and sample group, and what it was made for."""
+
+    state: MethodState
+    run: int
+    shape: tuple[Any, ...]
+    step: int = -1
+
+
+class Layer:
+    """Run the attention calls of one self-attention module.
+
+    Args:
+        name: Path of the module.
+        index: Number of the layer, from 0.
+        runtime: The transformer it belongs to.
+    """
+
+    def __init__(self, name: str, index: int, runtime: Runtime) -> None:
+        self.name = name
+        self.index = index
+        self.runtime = runtime
+        self.stats = LayerStats()
+        self.memories: dict[tuple[str, int], Memory] = {}
+        self.number = torch.tensor(next(_numbers))
+        LAYERS[int(self.number)] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        memo[id(self)] = copied = object.__new__(Layer)
+        copied.__init__(self.name, self.index, self.runtime.__deepcopy__(memo))
+        return copied
+
+    def plan(self, q: Tensor, k: Tensor, mask: Any, scale: float | None, obstacle: str | None) -> AttentionCall | None:
+        """Return the call to run sparse, or count a dense one with its reason and return ``None``.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            mask: The mask the model passes.
+            scale: The softmax scale the model passes.
+            obstacle: Why this call cannot be anything but the model's own, or ``None``.
+        """
+        runtime, stats = self.runtime, self.stats
+        forward = runtime.forward
+        if forward is not None:
+            forward.reached[self.index] += 1
+        if runtime.settings.method.stock:
+            stats.scheduled[f"method {runtime.settings.method.name!r}"] += 1
+            return None
+        tracker = runtime.tracker
+        reason = runtime.settings.schedule.dense_reason(
+            self.index, len(runtime.layers), max(tracker.step, 0), tracker.num_steps
+        )
+        if reason is not None:
+            stats.scheduled[reason] += 1
+            return None
+        call = self._sparse_call(forward, q, k, mask, scale) if obstacle is None else obstacle
+        if isinstance(call, str):
+            stats.fallbacks[call] += 1
+            runtime.warn(call)
+            return None
+        return call
+
+    def _sparse_call(
+        self, forward: Forward | None, q: Tensor, k: Tensor, mask: Any, scale: float | None
+    ) -> AttentionCall | str:
+        if forward is None:
+            return "the attention was called outside of a forward of its transformer"
+        if q.shape[2] != k.shape[2]:
+            return f"there are {q.shape[2]} queries but {k.shape[2]} keys: this is no self-attention"
+        runtime = self.runtime
+        tokens = runtime.spec(forward, q.shape[2])
+        if isinstance(tokens, str):
+            return tokens
+        tracker = runtime.tracker
+        padding, objection = runtime.padding.read(mask, tokens, q.shape[0], tracker.run, tracker.branch)
+        if objection is not None:
+            return objection
+        return AttentionCall(
+            tokens=tokens,
+            layer=self.index,
+            num_layers=len(runtime.layers),
+            step=tracker.step,
+            num_steps=tracker.num_steps,
+            branch=tracker.branch,
+            scale=scale,
+            key_padding=padding,
+        )
+
+    def run_sparse(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """Run a call with the method: ``(B, H, S, D)``.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            v: ``(B, H, S, D)`` values.
+            call: What ``plan`` returned.
+        """
+        state = self._state(q, call)
+        method = self.runtime.settings.method
+        state.kept = None
+        out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
+        self.stats.count_sparse(state.kept)
+        return out
+
+    def run_dense(self, stock: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """Run the model's own attention call.
+
+        Args:
+            stock: The call.
+            device: Where it computes.
+        """
+        return self.stats.dense_time.time(device, stock)
+
+    def _state(self, q: Tensor, call: AttentionCall) -> MethodState:
+        runtime = self.runtime
+        forward, run = runtime.forward, runtime.tracker.run
+        assert forward is not None
+        key = (call.branch, (forward.reached[self.index] - 1) % forward.calls)
+        shape = (q.shape, q.device, call.tokens)
+        memory = self.memories.get(key)
+        if memory is None:
+            state = MethodState(cache=runtime.cache, kernel=runtime.settings.kernel)
+            memory = self.memories[key] = Memory(state, run, shape)
+        elif memory.run != run or memory.shape != shape:
+            memory.state.reset()
+            memory.run, memory.shape, memory.step = run, shape, -1
+        schedule = runtime.settings.schedule
+        memory.state.refresh = memory.step != call.step and schedule.refreshes(call.step, call.num_steps)
+        memory.step = call.step
+        return memory.state
+
+
+class Runtime:
+    """Run the self-attention of one transformer.
+
+    Args:
+        family: What its tokens are.
+        settings: What the user chose.
+        tracker: Step and branch, shared by all transformers of a pipeline.
+        names: Paths of its self-attention modules.
+        title: What to call the transformer in reports.
+    """
+
+    def __init__(
+        self, family: ModelFamily, settings: Settings, tracker: RunTracker, names: Sequence[str], title: str
+    ) -> None:
+        self.family = family
+        self.settings = settings
+        self.tracker = tracker
+        self.title = title
+        self.cache = PatternCache()
+        self.padding = PaddingReader()
+        self.forward: Forward | None = None
+        self.complete = False
+        self.layers = [Layer(name, index, self) for index, name in enumerate(names)]
+        self._warned: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        if id(self) in memo:
+            return memo[id(self)]
+        memo[id(self)] = copied = object.__new__(Runtime)
+        tracker = memo.get(id(self.tracker)) or self.tracker.__deepcopy__(memo)
+        copied.__init__(self.family, self.settings, tracker, [layer.name for layer in self.layers], self.title)
+        memo.update((id(old), new) for old, new in zip(self.layers, copied.layers, strict=True))
+        return copied
+
+    def begin(self, transformer: Module, arguments: Mapping[str, Any]) -> None:
+        """Take note of a forward pass that starts.
+
+        Args:
+            transformer: The model.
+            arguments: The arguments of its forward, by name.
+        """
+        self.tracker.begin(arguments.get("timestep"))
+        self.padding.forget()
+        grid = self.family.grid(transformer, arguments)
+        self.forward = Forward(grid, self.family.calls(arguments), [0] * len(self.layers))
+
+    def end(self) -> None:
+        """Take note that the forward pass has ended; after the first, check that every layer took part.
+
+        Raises:
+            RuntimeError: A layer made fewer attention calls than it should.
+        """
+        forward, self.forward = self.forward, None
+        self.padding.forget()
+        if self.complete or forward is None:
+            return
+        missing = [self.layers[i].name for i, reached in enumerate(forward.reached) if reached < forward.calls]
+        if missing:
+            raise RuntimeError(
+                f"sparse attention did not reach {len(missing)} of {len(self.layers)} self-attention layers of the "
+                f"{self.title}: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Something else replaces "
+                "their attention call: another add-on, context parallelism under torch.compile, or a diffusers version "
+                "whose processors work differently. Remove it, or call disable_sparse_attention()"
+            )
+        self.complete = True
+
+    def spec(self, forward: Forward, length: int) -> TokenSpec | str:
+        """Say what a sequence of a forward pass is made up of, or why that is unknown.
+
+        Args:
+            forward: The forward pass.
+            length: Tokens in the sequence.
+        """
+        if length not in forward.specs:
+            forward.specs[length] = self._spec(forward.grid, length)
+        return forward.specs[length]
+
+    def _spec(self, grid: VideoGrid | str, length: int) -> TokenSpec | str:
+        if isinstance(grid, str):
+            return grid
+        text = length - grid.num_tokens
+        if text < 0 or (text > 0 and self.family.text == "none"):
+            return f"the sequence has {length} tokens, but a video of {grid} has {grid.num_tokens}"
+        return TokenSpec(grid, text, self.family.text == "first")
+
+    def warn(self, reason: str) -> None:
+        """Warn about a fallback, once per reason.
+
+        Args:
+            reason: Why a call ran dense.
+        """
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"{self.title}: attention runs dense, because {reason}", stacklevel=3)
+
+    def forget(self) -> None:
+        """Drop counts, patterns and memory."""
+        self.release()
+        self._warned.clear()
+        for layer in self.layers:
+            layer.stats = LayerStats()
+
+    def release(self) -> None:
+        """Drop patterns and memory, and keep the counts."""
+        self.cache.clear()
+        self.padding.forget()
+        for layer in self.layers:
+            layer.memories.clear()

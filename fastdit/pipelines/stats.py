@@ -1,0 +1,102 @@
+"""What happened in a layer: calls, densities, time, and every reason for which a call was dense."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_PENDING = 256
+
+
+class Stopwatch:
+    """Add up the time of calls; on CUDA by events, which wait for the device only when the sum is asked for."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._pending: list[tuple[Any, Any]] = []
+
+    def time(self, device: torch.device, run: Callable[[], Tensor]) -> Tensor:
+        """Run a function and add its time.
+
+        Args:
+            device: Where it computes.
+            run: The function.
+        """
+        if device.type != "cuda":
+            start = time.perf_counter()
+            result = run()
+            self._seconds += time.perf_counter() - start
+            return result
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        result = run()
+        end.record()
+        self._pending.append((begin, end))
+        if len(self._pending) > MAX_PENDING:
+            self._collect([pair for pair in self._pending if pair[1].query()])
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """Return the sum in seconds, waiting for calls that still run."""
+        for _, end in self._pending:
+            end.synchronize()
+        self._collect(list(self._pending))
+        return self._seconds
+
+    def _collect(self, finished: list[tuple[Any, Any]]) -> None:
+        self._seconds += sum(begin.elapsed_time(end) for begin, end in finished) / 1e3
+        done = {id(pair) for pair in finished}
+        self._pending = [pair for pair in self._pending if id(pair) not in done]
+
+
+class LayerStats:
+    """Count the calls of one layer."""
+
+    def __init__(self) -> None:
+        self.sparse_calls = 0
+        self.scheduled: Counter[str] = Counter()
+        """Calls that are dense because method or schedule say so, by reason."""
+        self.fallbacks: Counter[str] = Counter()
+        """Calls that should have been sparse and could not, by reason."""
+        self.sparse_time = Stopwatch()
+        self.dense_time = Stopwatch()
+        self._kept: Tensor | None = None
+        self._measured = 0
+
+    @property
+    def dense_calls(self) -> int:
+        """Count the dense calls, wanted or not."""
+        return self.scheduled.total() + self.fallbacks.total()
+
+    @property
+    def calls(self) -> int:
+        """Count all calls."""
+        return self.sparse_calls + self.dense_calls
+
+    @property
+    def kept(self) -> float:
+        """Sum the densities of the sparse calls that measured one."""
+        return 0.0 if self._kept is None else float(self._kept)
+
+    @property
+    def measured(self) -> int:
+        """Count the sparse calls that measured their density."""
+        return self._measured
+
+    def count_sparse(self, kept: Tensor | None) -> None:
+        """Count a sparse call.
+
+        Args:
+            kept: Its density, 0-d tensor, or ``None`` if not measured.
+        """
+        self.sparse_calls += 1
+        if kept is not None:
+            kept = kept.detach().double()
+            self._kept = kept if self._kept is None else self._kept + kept.to(self._kept.device)
+            self._measured += 1
