@@ -1,0 +1,64 @@
+"""The command line: one module per command, nothing heavy imported before the arguments are parsed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .compare import compare
+from .errors import INTERRUPTED, fail
+from .generate import generate
+from .info import info
+
+app = typer.Typer(
+    name="fastdit",
+    help="Sparse attention for video diffusion transformers: make videos, compare them, see what can run here.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(compare)
+app.command()(info)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastdit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 for success, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
+
+    Args:
+        arguments: What comes after ``fastdit``; default ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: Always.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="fastdit", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        # typer's own usage errors; older releases take the class from click, newer ones bring their own
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            raise
+        code = fail(f"{explain()} (see fastdit --help)", getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)

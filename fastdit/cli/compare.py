@@ -1,0 +1,90 @@
+"""``fastdit compare``: how close two videos are."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import InputError, guarded
+from .screen import Screen, add_row, number, plain_table
+
+if TYPE_CHECKING:
+    from .video import VideoFile
+
+
+@guarded
+def compare(
+    a: Annotated[Path, typer.Argument(help="A video.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another one, of the same size and length.", show_default=False)],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the numbers to stdout as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """Measure how close two videos are: PSNR and SSIM, over all frames and of the worst frame."""
+    from .video import VideoFile, check_ffmpeg
+
+    check_ffmpeg()
+    first, second = VideoFile.open(a), VideoFile.open(b)
+    if (first.width, first.height) != (second.width, second.height):
+        raise InputError(
+            f"the videos differ in size: {a} is {first.width} x {first.height}, {b} is {second.width} x "
+            f"{second.height} (width x height); compare videos of one size"
+        )
+    screen = Screen(quiet=quiet, as_json=as_json)
+    with screen.working():
+        value: dict[str, Any] = {"a": str(a), "b": str(b)} | _measure(first, second, screen)
+    table = plain_table(f"{a} and {b}", "", "all frames", "worst frame", "which")
+    worst = value["worst_frame"]
+    for name, form in (("psnr", "{:.2f} dB"), ("ssim", "{:.4f}")):
+        low = worst[name]
+        add_row(table, name.upper(), number(value[name], form), number(low["value"], form), number(low["frame"], "{}"))
+    table.caption = f"{value['frames']} frames of {first.width} x {first.height}; frames count from 0"
+    table.caption_justify = "left"
+    screen.result(value, table)
+
+
+def _measure(first: VideoFile, second: VideoFile, screen: Screen) -> dict[str, Any]:
+    import torch
+
+    from .. import metrics
+    from .results import decibels, mean_decibels
+
+    psnr: list[float] = []
+    ssim: list[float] = []
+    small = min(first.width, first.height) < metrics.SSIM_WINDOW
+    bar = screen.start("comparing")
+    pairs = itertools.zip_longest(first.frames(), second.frames())
+    for count, (x, y) in enumerate(pairs):
+        if x is None or y is None:
+            short, long = (first, second) if x is None else (second, first)
+            raise InputError(
+                f"the videos differ in length: {short.path} has {count} frames, {long.path} has more; "
+                "compare videos of one length"
+            )
+        x, y = (torch.from_numpy(frame)[None].float() / 255 for frame in (x, y))
+        psnr.append(float(metrics.psnr(x, y)))
+        ssim.extend([] if small else [float(metrics.ssim(x, y))])
+        bar.advance()
+    bar.finish()
+    if not psnr:
+        raise InputError(f"{first.path} and {second.path} have no frames")
+    return {
+        "frames": len(psnr),
+        "width": first.width,
+        "height": first.height,
+        "fps": [first.fps, second.fps],
+        "psnr": mean_decibels(map(decibels, psnr)),
+        "ssim": sum(ssim) / len(ssim) if ssim else None,
+        "worst_frame": {"psnr": _worst(psnr, decibels), "ssim": _worst(ssim, float)},
+        "per_frame": {"psnr": [decibels(value) for value in psnr], "ssim": ssim or None},
+    }
+
+
+def _worst(values: list[float], write: Any) -> dict[str, Any]:
+    if not values:
+        return {"frame": None, "value": None}
+    low = min(values)
+    return {"frame": values.index(low), "value": write(low)}

@@ -1,0 +1,110 @@
+"""``fastdit info``: what is installed, and what can run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .errors import InputError, guarded
+from .screen import NOT_MEASURED, Screen, add_row, plain_table
+
+
+@guarded
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Write it to stdout as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """Show versions, devices, kernels and why they cannot run, model families, and methods with their fields."""
+    screen = Screen(as_json=as_json)
+    with screen.working():
+        value = _collect()
+    screen.result(value, *_tables(value))
+
+
+def _collect() -> dict[str, Any]:
+    import fastdit
+
+    from ..attention.kernels import explain_kernels
+    from .results import versions
+
+    return {
+        "versions": versions(),
+        "devices": _devices(),
+        "ffmpeg": _ffmpeg(),
+        "kernels": explain_kernels(),
+        "families": list(fastdit.list_families()),
+        "methods": {name: _fields(name) for name in fastdit.list_methods()},
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": f"{torch.get_num_threads()} threads"}]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        memory = about.total_memory // 2**20
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": about.name,
+                "memory_mib": memory,
+                "compute_capability": f"{about.major}.{about.minor}",
+            }
+        )
+    return found
+
+
+def _ffmpeg() -> str | None:
+    from .video import check_ffmpeg
+
+    try:
+        return check_ffmpeg()
+    except InputError:
+        return None
+
+
+def _fields(name: str) -> list[dict[str, Any]]:
+    from ..attention import method_class
+
+    cls = method_class(name)
+    kinds = typing.get_type_hints(cls)
+    return [
+        {"name": field.name, "type": _spell(kinds[field.name]), "default": getattr(cls, field.name, None)}
+        for field in dataclasses.fields(cls)
+    ]
+
+
+def _spell(kind: Any) -> str:
+    return kind.__name__ if type(kind) is type else str(kind)
+
+
+def _tables(value: dict[str, Any]) -> list[Table]:
+    installed = plain_table("versions", "package", "version", numbers=False)
+    for package, number in value["versions"].items():
+        add_row(installed, package, number or "not installed")
+    add_row(installed, "ffmpeg", value["ffmpeg"] or "not found: videos cannot be written or read")
+
+    devices = plain_table("devices", "device", "name", "memory", "capability", numbers=False)
+    for about in value["devices"]:
+        memory = f"{about['memory_mib'] / 1024:.1f} GiB" if "memory_mib" in about else NOT_MEASURED
+        add_row(devices, about["device"], about["name"], memory, about.get("compute_capability", NOT_MEASURED))
+
+    kernels = plain_table("kernels", "kernel", "here", numbers=False)
+    for name, reason in value["kernels"].items():
+        add_row(kernels, name, "can run" if reason is None else f"cannot run: {reason}")
+
+    families = plain_table("models", "family")
+    for name in value["families"]:
+        add_row(families, name)
+
+    methods = plain_table("methods", "method", "field", "type", "default", numbers=False)
+    for name, known in value["methods"].items():
+        rows = [(field["name"], field["type"], str(field["default"])) for field in known] or [("-", "", "")]
+        for i, row in enumerate(rows):
+            add_row(methods, name if i == 0 else "", *row, end_section=i == len(rows) - 1)
+    return [installed, devices, kernels, families, methods]

@@ -1,0 +1,154 @@
+"""What is to be made and where it goes: prompts, the names of their videos, and their share for each process."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .video import check_folder, check_target
+
+LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """Name one video to make.
+
+    Args:
+        prompt: What it shows.
+        output: Where it goes.
+    """
+
+    prompt: str
+    output: Path
+
+    @property
+    def dense_output(self) -> Path:
+        """Return where the dense video of a comparison goes."""
+        return self.output.with_name(f"{self.output.stem}.dense{self.output.suffix}")
+
+    @property
+    def pair_output(self) -> Path:
+        """Return where the side-by-side video of a comparison goes."""
+        return self.output.with_name(f"{self.output.stem}.compare{self.output.suffix}")
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """Return the prompts: the one given, or the lines of a file.
+
+    Args:
+        prompt: The prompt.
+        file: A text file in UTF-8, one prompt a line; empty lines are left out.
+
+    Raises:
+        InputError: Neither or both are given, the prompt or the file is empty, or the file cannot be read.
+    """
+    if (prompt is None) == (file is None):
+        raise InputError('give one of the two: a prompt, as in fastdit generate "a red ball", or --prompts FILE')
+    if prompt is not None:
+        if not prompt.strip():
+            raise InputError("the prompt is empty; say what the video shall show")
+        return [prompt.strip()]
+    assert file is not None
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read the prompts in {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read the prompts in {file}: it is not text in UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"there is no prompt in {file}; write one prompt a line")
+    return prompts
+
+
+def plan_jobs(prompts: list[str], output: Path | None, *, single: bool) -> list[Job]:
+    """Decide where the videos go, and check that they can be written there.
+
+    Args:
+        prompts: At least one.
+        output: A file for a single prompt, or a folder; default the current folder.
+        single: Whether the prompt was given by itself, so that ``output`` may be a file.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written, or the name of a file does not fit.
+    """
+    if output is not None and single and not output.is_dir():
+        jobs = [Job(prompts[0], output)]
+    else:
+        folder = Path() if output is None else output
+        check_folder(folder)
+        jobs = [Job(p, folder / name) for p, name in zip(prompts, _file_names(prompts), strict=True)]
+    for job in jobs:
+        check_target(job.output)
+    return jobs
+
+
+def _file_names(prompts: list[str]) -> list[str]:
+    taken: set[str] = set()
+    names = []
+    for prompt in prompts:
+        words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+        stem = words[:LONGEST_NAME].rstrip("-_") or "video"
+        name, count = stem, 1
+        while name in taken:
+            count += 1
+            name = f"{stem}-{count}"
+        taken.add(name)
+        names.append(f"{name}.mp4")
+    return names
+
+
+class Team:
+    """Divide work among the processes of ``accelerate launch``; alone, one process does it all."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState()
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this process is the one that reports."""
+        return self._state is None or self._state.is_main_process
+
+    @property
+    def device(self) -> str | None:
+        """Return the device that is this process's own, ``None`` if it is alone."""
+        if self._state is None:
+            return None
+        return "cpu" if self._state.device.type == "cpu" else str(self._state.device)
+
+    def share(self, jobs: list[Job]) -> list[Job]:
+        """Return the jobs of this process.
+
+        Args:
+            jobs: The jobs of all.
+        """
+        if self._state is None:
+            return jobs
+        with self._state.split_between_processes(jobs) as mine:
+            return list(mine)
+
+    def gather(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the results of all processes, in the order of the jobs.
+
+        Args:
+            results: Those of this process.
+        """
+        if self._state is None:
+            return results
+        from accelerate.utils import gather_object
+
+        return gather_object(results)
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+        if self._state is not None:
+            self._state.destroy_process_group()

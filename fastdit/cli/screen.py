@@ -1,0 +1,189 @@
+"""What a person sees while a command runs: progress on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+NOT_MEASURED = "-"
+
+
+class _Remaining(ProgressColumn):
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Show the time that is left, once a step says how long one takes."""
+        if task.finished or not task.total or not task.completed or task.elapsed is None:
+            return Text("")
+        seconds = task.elapsed / task.completed * (task.total - task.completed)
+        return Text(f"{_clock(seconds)} left", style="cyan")
+
+
+class _Count(MofNCompleteColumn):
+    def render(self, task: Task) -> Text:
+        """Show how many parts are done, where there is more than one."""
+        return super().render(task) if task.total and task.total > 1 else Text("")
+
+
+class Bar:
+    """Show how far one part of the work is.
+
+    Args:
+        progress: What draws the bars.
+        task: Which of them.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def advance(self) -> None:
+        """Move on by one part."""
+        self._progress.advance(self._task)
+
+    def finish(self) -> None:
+        """Show that all is done."""
+        task = next(task for task in self._progress.tasks if task.id == self._task)
+        total = task.total or 1
+        self._progress.update(self._task, total=total, completed=total)
+        self._progress.stop_task(self._task)
+
+
+class Screen:
+    """Show progress, warnings and results, or keep quiet.
+
+    Args:
+        quiet: Show nothing but errors.
+        as_json: Write results as JSON; nothing else goes to stdout.
+        shown: False in all processes but the first.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, shown: bool = True) -> None:
+        self.quiet = quiet or not shown
+        self.as_json = as_json
+        self.shown = shown
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<11}"),
+            BarColumn(bar_width=30),
+            _Count(),
+            TimeElapsedColumn(),
+            _Remaining(),
+            console=Console(stderr=True),
+            disable=self.quiet,
+            refresh_per_second=4,
+        )
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Draw progress while the work is done; what libraries print goes to stderr."""
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.showwarning = self._warn
+            stack.enter_context(redirect_stdout(sys.stderr))
+            stack.enter_context(self._progress)
+            yield
+
+    def start(self, name: str, total: int | None = None) -> Bar:
+        """Show a bar for one part of the work.
+
+        Args:
+            name: What is being done.
+            total: Parts, or ``None`` if that is unknown.
+        """
+        return Bar(self._progress, self._progress.add_task(name, total=total))
+
+    def clear(self) -> None:
+        """Take the bars of a finished piece of work away."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+
+    def note(self, text: str) -> None:
+        """Show a line above the bars.
+
+        Args:
+            text: The line.
+        """
+        if not self.quiet:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def result(self, value: dict[str, Any], *tables: Table) -> None:
+        """Show the result of a command on stdout: as JSON, as tables, or not at all.
+
+        Args:
+            value: The result.
+            *tables: The result for people.
+        """
+        if not self.shown:
+            return
+        if self.as_json:
+            typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+        elif not self.quiet:
+            console = Console()
+            for table in tables:
+                console.print(table)
+
+    def _warn(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if issubclass(category, (UserWarning, RuntimeWarning)):
+            self.note(f"warning: {' '.join(str(message).split())}")
+
+
+def plain_table(title: str, *columns: str, numbers: bool = True) -> Table:
+    """Make a table.
+
+    Args:
+        title: Above the table.
+        *columns: Headings.
+        numbers: Whether all columns but the first hold numbers, which are aligned on the right.
+    """
+    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and i else "left", overflow="fold")
+    return table
+
+
+def add_row(table: Table, *cells: str, end_section: bool = False) -> None:
+    """Add a row of plain text, in which square brackets mean nothing.
+
+    Args:
+        table: The table.
+        *cells: One for each column.
+        end_section: Whether a line is drawn below.
+    """
+    table.add_row(*map(Text, cells), end_section=end_section)
+
+
+def number(value: float | str | None, form: str = "{:.2f}") -> str:
+    """Write a number for a table.
+
+    Args:
+        value: The number, a text that stands for itself, or ``None`` where nothing was measured.
+        form: How a number is written.
+    """
+    if value is None:
+        return NOT_MEASURED
+    return value if isinstance(value, str) else form.format(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

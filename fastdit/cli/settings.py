@@ -1,0 +1,172 @@
+"""What the user asked of sparse attention: method, its fields and the schedule, read from text and checked."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, as_input_error
+
+if TYPE_CHECKING:
+    from ..api import SparseAttention
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold the arguments of ``enable_sparse_attention``.
+
+    Args:
+        method: Name of a method; ``None`` takes the best known one for the model.
+        fields: Fields of the method.
+        schedule: Fields of ``Schedule`` that differ from the model's own.
+        kernel: Name of a kernel; ``None`` chooses.
+    """
+
+    method: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    kernel: str | None = None
+
+    def enable(self, pipeline: Any) -> SparseAttention:
+        """Make the self-attention of a pipeline sparse.
+
+        Args:
+            pipeline: The pipeline.
+
+        Raises:
+            InputError: The model is not supported, or a value does not suit it.
+        """
+        import fastdit
+
+        with as_input_error():
+            handle = fastdit.enable_sparse_attention(pipeline, self.method, kernel=self.kernel, **self.fields)
+            if not self.schedule:
+                return handle
+            schedule = replace(handle.schedule, **self.schedule)
+            return fastdit.enable_sparse_attention(pipeline, handle.method, schedule=schedule, kernel=self.kernel)
+
+
+def read_settings(
+    *,
+    method: str | None,
+    density: float | None,
+    assignments: list[str],
+    schedule: dict[str, str | None],
+    kernel: str | None,
+) -> Settings:
+    """Check what was asked, without a model.
+
+    Args:
+        method: Name of a method.
+        density: Fraction of blocks to keep, in (0, 1].
+        assignments: ``name=value`` each, for fields of the method.
+        schedule: Fields of ``Schedule`` as text; ``None`` where nothing was said.
+        kernel: Name of a kernel.
+
+    Raises:
+        InputError: Something is unknown, malformed or out of range.
+    """
+    from ..attention import get_method, method_class
+    from ..attention.base import check_density
+    from ..attention.kernels import explain_kernels
+
+    values: dict[str, Any] = {}
+    if density is not None:
+        with as_input_error():
+            check_density(density)
+        values["density"] = density
+    if assignments and method is None:
+        raise InputError(f"--set {assignments[0]} belongs to a method; say which one with --method")
+    if method is not None:
+        with as_input_error():
+            cls = method_class(method)
+            kinds = typing.get_type_hints(cls)
+            for assignment in assignments:
+                name, text = _split(assignment)
+                known = {f.name for f in fields(cls)}
+                values[name] = read_value(name, text, kinds[name]) if name in known else text
+            get_method(method, **values)
+    if kernel is not None:
+        reasons = explain_kernels()
+        if kernel not in reasons:
+            raise InputError(f"unknown kernel {kernel!r}; kernels are: {', '.join(reasons)}")
+        if reasons[kernel] is not None:
+            raise InputError(f"the kernel {kernel!r} cannot run here: {reasons[kernel]}")
+    return Settings(method, values, _read_schedule(schedule), kernel)
+
+
+def read_value(name: str, text: str, kind: Any) -> Any:
+    """Read a value of a given type from text.
+
+    Args:
+        name: What it is for, to be named in the error.
+        text: The text; parts of a tuple are separated by commas.
+        kind: The type: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, a tuple of those, or a union.
+
+    Raises:
+        InputError: The text is none of that type.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for part in parts:
+            try:
+                return read_value(name, text, part)
+            except InputError:
+                continue
+    elif origin is tuple:
+        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            parts = (parts[0],) * len(items)
+        if len(items) == len(parts):
+            return tuple(read_value(name, item, part) for item, part in zip(items, parts, strict=True))
+    elif origin is typing.Literal:
+        for part in parts:
+            if text == str(part):
+                return part
+    elif kind is type(None):
+        if text.lower() == "none":
+            return None
+    elif kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif kind is str:
+        return text
+    elif kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise InputError(f"{name} must be {_spell(kind)}, got {text!r}")
+
+
+def _read_schedule(given: dict[str, str | None]) -> dict[str, Any]:
+    from ..schedule import Schedule
+
+    kinds = typing.get_type_hints(Schedule)
+    values = {name: read_value(name, text, kinds[name]) for name, text in given.items() if text is not None}
+    with as_input_error():
+        Schedule(**values)
+    return values
+
+
+def _split(assignment: str) -> tuple[str, str]:
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
+        raise InputError(f"--set takes name=value, got {assignment!r}; fastdit info lists the fields of each method")
+    return name.strip().replace("-", "_"), text.strip()
+
+
+def _spell(kind: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(part) for part in parts)
+    if origin is tuple:
+        if parts[-1] is Ellipsis:
+            return f"a list of {_spell(parts[0])}, as in 0,2,5"
+        return f"{len(parts)} values ({', '.join(_spell(part) for part in parts)}) separated by commas"
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return names.get(kind, str(kind))

@@ -1,0 +1,204 @@
+"""Videos on disk: written under a temporary name and moved when complete, and read frame by frame."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUFFIXES = (".mp4", ".mkv", ".mov")
+QUALITY = ("-crf", "12", "-preset", "medium")
+
+
+def check_ffmpeg() -> str:
+    """Return the path of ffmpeg.
+
+    Raises:
+        InputError: There is none that runs.
+    """
+    import imageio_ffmpeg
+
+    fix = "pip install imageio-ffmpeg, or put the path of one into IMAGEIO_FFMPEG_EXE"
+    try:
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+        subprocess.run([path, "-version"], check=True, capture_output=True)
+    except RuntimeError as error:
+        raise InputError(f"no ffmpeg was found, and videos cannot be written or read without it: {fix}") from error
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InputError(f"the ffmpeg that was found does not run ({error}): {fix}") from error
+    return path
+
+
+def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES) -> None:
+    """Check that a file can be written, before any work is done.
+
+    Args:
+        path: The file.
+        suffixes: What its name may end with; ``None`` for anything.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written, the path is a folder, or its suffix is another.
+    """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    if suffixes is not None and path.suffix.lower() not in suffixes:
+        raise InputError(f"cannot write {path}: the name must end with {' or '.join(suffixes)}")
+    check_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"cannot write {path}: the file is there and is read-only")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that files can be made in a folder.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InputError: It does not exist, is none, or cannot be written.
+    """
+    if not folder.exists():
+        raise InputError(f"the folder {folder} does not exist; make it with: mkdir -p {folder}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder; give another place with --output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"the folder {folder} cannot be written; give another place with --output")
+
+
+@contextmanager
+def moved_when_complete(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; afterwards it becomes the file, or is removed after an error.
+
+    Args:
+        path: The file in the end.
+    """
+    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable[[], object] = lambda: None) -> None:
+    """Write a video as H.264.
+
+    Args:
+        frames: ``(F, H, W, 3)`` in [0, 1].
+        path: A name with one of ``SUFFIXES``.
+        fps: Frames per second, above 0.
+        advance: Called after each frame.
+    """
+    import imageio
+
+    even = frames.shape[1] % 2 == 0 and frames.shape[2] % 2 == 0
+    with moved_when_complete(path) as part:
+        writer = imageio.get_writer(
+            part,
+            format="FFMPEG",  # type: ignore[arg-type]
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            macro_block_size=1,
+            pixelformat="yuv420p" if even else "yuv444p",
+            output_params=list(QUALITY),
+            ffmpeg_log_level="error",
+        )
+        with writer:
+            for frame in frames:
+                writer.append_data(to_bytes(frame))
+                advance()
+
+
+def to_bytes(frames: np.ndarray) -> np.ndarray:
+    """Round colours to bytes.
+
+    Args:
+        frames: ``(..., 3)`` in [0, 1]; what is outside is clipped.
+
+    Returns:
+        The same shape, uint8.
+    """
+    return (frames.clip(0, 1) * 255 + 0.5).astype("uint8")
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 8) -> np.ndarray:
+    """Put two videos next to each other, with a white bar between them.
+
+    Args:
+        left: ``(F, H, W, 3)`` in [0, 1].
+        right: ``(F, H, W, 3)`` in [0, 1].
+        gap: Width of the bar in pixels, at least 0.
+
+    Returns:
+        ``(F, H, 2 * W + gap, 3)``.
+    """
+    import numpy as np
+
+    bar = np.ones((*left.shape[:2], gap, left.shape[3]), dtype=left.dtype)
+    return np.concatenate([left, bar, right], axis=2)
+
+
+def _reader(path: Path) -> Any:
+    import imageio
+
+    return imageio.get_reader(path, format="FFMPEG")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """Describe a video on disk.
+
+    Args:
+        path: The file.
+        width: Pixels.
+        height: Pixels.
+        fps: Frames per second.
+    """
+
+    path: Path
+    width: int
+    height: int
+    fps: float
+
+    @classmethod
+    def open(cls, path: Path) -> VideoFile:
+        """Look at a file.
+
+        Args:
+            path: The file.
+
+        Raises:
+            InputError: It does not exist or is no video.
+        """
+        if not path.is_file():
+            raise InputError(f"there is no video {path}")
+        try:
+            with _reader(path) as reader:
+                meta = reader.get_meta_data()
+                width, height = meta["size"]
+        except Exception as error:
+            raise InputError(f"{path} cannot be read as a video; is it complete?") from error
+        return cls(path, int(width), int(height), float(meta["fps"]))
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Yield the frames, ``(H, W, 3)`` uint8 each.
+
+        Raises:
+            InputError: The file breaks off.
+        """
+        with _reader(self.path) as reader:
+            try:
+                yield from reader
+            except (RuntimeError, OSError) as error:
+                raise InputError(f"{self.path} breaks off in the middle; is it complete?") from error
