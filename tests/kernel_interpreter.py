@@ -1,0 +1,60 @@
+"""The Triton kernels, run by Triton's interpreter. Run by test_kernels.py with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from kernel_cases import CASES, Case, check_against_reference
+
+from fastdit.attention.kernels import block_sparse_attention, choose_kernel
+from fastdit.attention.kernels.triton_config import Config
+from fastdit.attention.kernels.triton_fwd import block_sparse_fwd
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_fp64(case, dtype, poisoned_empty):
+    check_against_reference(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 32)], ids=str)
+def test_blocks_larger_than_tiles(tiles):
+    case = Case(heads=(2, 1), tokens=(130, 250), blocks=(64, 128), padded=True)
+    mask = case.mask()
+    q, k, v = case.tensors(torch.float32)
+    out, lse = block_sparse_fwd(q, k, v, mask, 0.1, Config(*tiles, 4, 2))
+    expected, expected_lse = block_sparse_attention(q, k, v, mask, scale=0.1, kernel="reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1.5])
+def test_any_scale_and_memory_order(scale):
+    case = Case(heads=(2, 2), tokens=(90, 70))
+    mask = case.mask()
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors(torch.float32))
+    out, _ = block_sparse_attention(q, k, v, mask, scale=scale, kernel="triton")
+    expected = block_sparse_attention(q, k, v, mask, scale=scale, kernel="reference")[0]
+    torch.testing.assert_close(out, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x.double(), "bf16, fp16 and fp32, got torch.float64"),
+        (lambda x: x.repeat(1, 1, 1, 4), r"multiples of 8 in \[16, 128\], got 256"),
+        (lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), "contiguous last axis"),
+        (lambda x: x.clone().requires_grad_(), "no backward yet.*kernel='reference'"),
+    ],
+)
+def test_reasons(change, reason):
+    case = Case()
+    mask, tensors = case.mask(), [change(x) for x in case.tensors(torch.float32)]
+    with pytest.raises(RuntimeError, match=f"kernel 'triton' cannot run: .*{reason}"):
+        choose_kernel(*tensors, mask, "triton")
+
+
+def test_blocks_that_tiles_cannot_divide():
+    case = Case(blocks=(32, 24))
+    with pytest.raises(RuntimeError, match="multiple of 16 tokens, got 32 and 24"):
+        choose_kernel(*case.tensors(torch.float32), case.mask(), "triton")
