@@ -47,6 +47,7 @@ _HOMES = {
     "schedule": ("Schedule",),
     "tokens": ("AttentionCall", "TokenSpec", "VideoGrid"),
 }
+_MODULES = ("api", "attention", "layout", "mask", "metrics", "pipelines", "report", "schedule", "tokens")
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -56,6 +57,8 @@ attach()
 
 def __getattr__(name: str) -> Any:
     # Importing torch takes more than a second, and `fastdit --help` needs none of it.
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -64,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
