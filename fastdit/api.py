@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def enable_sparse_attention(
         target: A diffusers pipeline, whose ``transformer`` and ``transformer_2`` are both meant, or a transformer.
         method: Name of a method, a method, or ``None`` for the model's preset.
         schedule: Which steps and layers stay dense; default: the preset's. A bare transformer does not know how many
-            steps there will be, so by default it has no dense steps.
+            steps there will be, so by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
         **fields: Fields of the method, such as ``density``.
 
@@ -153,7 +153,7 @@ def enable_sparse_attention(
         raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
     bare = isinstance(target, Module)
     if schedule is None:
-        schedule = replace(preset.schedule, warmup_steps=0, tail_steps=0) if bare else preset.schedule
+        schedule = Schedule() if bare else preset.schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastdit.Schedule, got {type(schedule).__name__}")
     settings = Settings(method, schedule, kernel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 import weakref
@@ -87,9 +88,7 @@ class Layer:
         LAYERS[int(self.number)] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
-        memo[id(self)] = copied = object.__new__(Layer)
-        copied.__init__(self.name, self.index, self.runtime.__deepcopy__(memo))
-        return copied
+        return copy.deepcopy(self.runtime, memo).layers[self.index]
 
     def plan(self, q: Tensor, k: Tensor, mask: Any, scale: float | None, obstacle: str | None) -> AttentionCall | None:
         """Return the call to run sparse, or count a dense one with its reason and return ``None``.
@@ -218,12 +217,10 @@ class Runtime:
         self._warned: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
-        if id(self) in memo:
-            return memo[id(self)]
-        memo[id(self)] = copied = object.__new__(Runtime)
-        tracker = memo.get(id(self.tracker)) or self.tracker.__deepcopy__(memo)
-        copied.__init__(self.family, self.settings, tracker, [layer.name for layer in self.layers], self.title)
-        memo.update((id(old), new) for old, new in zip(self.layers, copied.layers, strict=True))
+        names = [layer.name for layer in self.layers]
+        memo[id(self)] = copied = Runtime(
+            self.family, self.settings, copy.deepcopy(self.tracker, memo), names, self.title
+        )
         return copied
 
     def begin(self, transformer: Module, arguments: Mapping[str, Any]) -> None:
