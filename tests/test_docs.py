@@ -139,6 +139,7 @@ def test_examples_pass_the_docstring_check(mark):
 def test_method_example_passes_the_battery(method_example, grid, text):
     test_methods.test_forward_is_attention_of_the_pattern(method_example, grid, text, None)
     test_methods.test_keeping_everything_equals_dense(method_example, grid, text)
+    assert method_example in fastdit.list_methods()
 
 
 def test_method_example_passes_the_rest_of_the_battery(method_example):
