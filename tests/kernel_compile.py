@@ -16,7 +16,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, constants
+from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, constants, options
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
@@ -60,8 +60,7 @@ def compile_fwd(arch: int, head_dim: int, dtype: torch.dtype, block_q: int, bloc
         constexprs={(kernel.arg_names.index(name),): value for name, value in constexprs.items()},
         attrs=aligned,
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
     return _inspect(built.asm["ptx"], built.asm["cubin"], built.metadata.shared, arch)
 
 

@@ -40,9 +40,7 @@ for _arch in (80, 89, 90, 100, 120):
         TABLE[_arch, _dim, 32] = _SINGLE
 
 
-def choose_config(
-    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_q: int, block_k: int
-) -> Config:
+def choose_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Config:
     """Return the best settings for a call.
 
     Args:
@@ -53,10 +51,8 @@ def choose_config(
         block_k: Keys in a block of the mask, a multiple of 16.
     """
     dim = next(d for d in (32, 64, 128) if head_dim <= d)
-    for config in TABLE[table_arch(capability), dim, dtype.itemsize * 8]:
-        if block_q % config.tile_q == 0 and block_k % config.tile_k == 0:
-            return config
-    raise AssertionError(f"no tiles for blocks of {block_q} and {block_k}")
+    configs = TABLE[table_arch(capability), dim, dtype.itemsize * 8]
+    return next(c for c in configs if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
 
 
 def table_arch(capability: tuple[int, int]) -> int:

@@ -28,14 +28,14 @@ def _attend(
     acc,
     total,
     top,
-    k_ptrs,
-    v_ptrs,
+    k_head,
+    v_head,
     block,
     within,
     length,
     scale,
-    stride_kk,
-    stride_vk,
+    stride_ks,
+    stride_vs,
     dims,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -45,21 +45,20 @@ def _attend(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    start = block.to(tl.int64) * BLOCK_K + within
-    k_tile = k_ptrs + start * stride_kk
-    v_tile = v_ptrs + start * stride_vk
-    real = within + tl.arange(0, TILE_K) < length
+    rows = within + tl.arange(0, TILE_K)
+    real = rows < length
     if RAGGED:
-        present = real[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_tile, mask=present, other=0.0)
-        v = tl.load(v_tile, mask=present, other=0.0)
-    elif HEAD_DIM != PADDED_DIM:
-        present = (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_tile, mask=present, other=0.0)
-        v = tl.load(v_tile, mask=present, other=0.0)
-    else:
+        # Padding is read as a copy of the last real key: cheaper than masked loads, and never out of bounds.
+        rows = tl.minimum(rows, tl.maximum(length, 1) - 1)
+    start = block.to(tl.int64) * BLOCK_K
+    k_tile = k_head + start * stride_ks + (rows[:, None] * stride_ks + dims[None, :])
+    v_tile = v_head + start * stride_vs + (rows[:, None] * stride_vs + dims[None, :])
+    if HEAD_DIM == PADDED_DIM:
         k = tl.load(k_tile)
         v = tl.load(v_tile)
+    else:
+        k = tl.load(k_tile, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_tile, mask=(dims < HEAD_DIM)[None, :], other=0.0)
     scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
     if RAGGED:
         scores = tl.where(real[None, :], scores * scale, float("-inf"))
@@ -119,13 +118,15 @@ def _block_sparse_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
+    # Masks cost registers; smaller tiles make room for them, or the loop over full blocks would pay with spills.
+    RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
+    RAGGED_SPLIT: tl.constexpr = BLOCK_K // RAGGED_TILE_K
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     row = tile // (BLOCK_Q // TILE_Q)
 
     offsets_q = tl.arange(0, TILE_Q)
-    offsets_k = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
     start_q = tile.to(tl.int64) * TILE_Q
     inside = start_q + offsets_q < tokens_q
@@ -133,8 +134,8 @@ def _block_sparse_fwd_kernel(
 
     q_tile = q_ptr + batch * stride_qb + head * stride_qh + start_q * stride_qs
     q = tl.load(q_tile + offsets_q[:, None] * stride_qs + dims[None, :], mask=present, other=0.0)
-    k_ptrs = k_ptr + batch * stride_kb + head * stride_kh + offsets_k[:, None] * stride_ks + dims[None, :]
-    v_ptrs = v_ptr + batch * stride_vb + head * stride_vh + offsets_k[:, None] * stride_vs + dims[None, :]
+    k_head = k_ptr + batch * stride_kb + head * stride_kh
+    v_head = v_ptr + batch * stride_vb + head * stride_vh
     list_ptr = indices_ptr + batch * stride_ib + head * stride_ih + row.to(tl.int64) * stride_iq
     length_ptr = lengths_ptr + batch * stride_lb + head * stride_lh
     count = tl.load(counts_ptr + batch * stride_cb + head * stride_ch + row)
@@ -146,15 +147,15 @@ def _block_sparse_fwd_kernel(
     for i in tl.range(0, full_count * SPLIT):
         block = tl.load(list_ptr + i // SPLIT)
         acc, total, top = _attend(
-            q, acc, total, top, k_ptrs, v_ptrs, block, (i % SPLIT) * TILE_K, BLOCK_K, scale, stride_ks, stride_vs,
+            q, acc, total, top, k_head, v_head, block, (i % SPLIT) * TILE_K, BLOCK_K, scale, stride_ks, stride_vs,
             dims, HEAD_DIM, PADDED_DIM, BLOCK_K, TILE_K, False, WIDEN, PRECISION,
         )  # fmt: skip
-    for i in tl.range(full_count * SPLIT, count * SPLIT):
-        block = tl.load(list_ptr + i // SPLIT)
+    for i in tl.range(full_count * RAGGED_SPLIT, count * RAGGED_SPLIT):
+        block = tl.load(list_ptr + i // RAGGED_SPLIT)
         length = tl.load(length_ptr + block)
         acc, total, top = _attend(
-            q, acc, total, top, k_ptrs, v_ptrs, block, (i % SPLIT) * TILE_K, length, scale, stride_ks, stride_vs,
-            dims, HEAD_DIM, PADDED_DIM, BLOCK_K, TILE_K, True, WIDEN, PRECISION,
+            q, acc, total, top, k_head, v_head, block, (i % RAGGED_SPLIT) * RAGGED_TILE_K, length, scale, stride_ks,
+            stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K, RAGGED_TILE_K, True, WIDEN, PRECISION,
         )  # fmt: skip
 
     some = total > 0
@@ -215,8 +216,7 @@ def block_sparse_fwd(
         tokens,
         scale * math.log2(math.e),
         **constants(dim, q.dtype, mask.block_q, mask.block_k, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options(config),
     )
     return out, lse
 
@@ -243,6 +243,15 @@ def constants(
         "WIDEN": triton.knobs.runtime.interpret and dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
+
+
+def options(config: Config) -> dict[str, int | bool]:
+    """Return how the forward kernel is compiled.
+
+    Args:
+        config: The settings.
+    """
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 def _broadcast_strides(x: Tensor) -> tuple[int, int]:
