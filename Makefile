@@ -15,23 +15,25 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 INPUTS := pyproject.toml constraints.txt
+RUN := .
+DEVELOP := .[test,quality]
 
-.PHONY: python
-python:
+# $(call install,WHAT): make the environment and install WHAT in it
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "fastdit needs Python 3.10 or later; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
-
-$(VENV)/.ready: $(INPUTS) | python
 	@echo "setting up $(VENV); PyTorch is a large download"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
-	@touch $@
+	$(PIP) -e '$(1)'
+	@touch $(VENV)/.ready
+endef
 
-$(VENV)/.ready-dev: $(INPUTS) | python
-	@echo "setting up $(VENV), with what tests and checks need; PyTorch is a large download"
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[test,quality]'
-	@touch $(VENV)/.ready $@
+$(VENV)/.ready: $(INPUTS)
+	$(call install,$(RUN))
+
+$(VENV)/.ready-dev: $(INPUTS)
+	$(call install,$(DEVELOP))
+	@touch $@
 
 .PHONY: demo
 demo: $(VENV)/.ready  ## Make a video, sparse and dense, and say how they compare (PROMPT="...", OUTPUT=...)
