@@ -131,9 +131,7 @@ def test_scorer_of_an_empty_clip():
 # The tricks of training on subsets
 
 
-@pytest.mark.parametrize(
-    "subset", [Subset((1, 4, 4)), Subset((2, 2, 2)), Subset((2, 3, 3), (2, 4, 4))]
-)
+@pytest.mark.parametrize("subset", [Subset((1, 4, 4)), Subset((2, 2, 2)), Subset((2, 3, 3), (2, 4, 4))])
 def test_subset_places(subset):
     places = subset.draw(GRID, torch.Generator().manual_seed(0))
     assert len(places.unique(dim=0)) == len(places)

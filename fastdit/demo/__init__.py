@@ -22,7 +22,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class DemoDefaults:
-    """The clip that the demo was trained for: 12 x 24 x 24 = 6,912 tokens."""
+    """The clip that the demo was trained for: 12 x 24 x 24 = 6,912 tokens.
+
+    Args:
+        num_frames: Frames of the clip, 4 n + 1.
+        height: Pixels, a multiple of 8.
+        width: Pixels, a multiple of 8.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Weight of the prompt; 1 is without guidance, and half the work.
+        fps: Frames per second to write the clip with.
+        negative_prompt: What to steer away from; the demo knows none.
+    """
 
     num_frames: int = 45
     height: int = 192
@@ -64,27 +74,26 @@ def load_pipeline(dtype: torch.dtype | None = None, device: str = "cpu") -> WanP
         )
     _check_weights()
     try:
-        pipeline = WanPipeline.from_pretrained(
-            WEIGHTS, torch_dtype=dtype or torch.float32, local_files_only=True
-        )
+        pipeline = WanPipeline.from_pretrained(WEIGHTS, torch_dtype=dtype or torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DemoWeightsError(
-            f"the demo's weights in {WEIGHTS} cannot be read: {error}; reinstall fastdit"
-        ) from error
+        raise DemoWeightsError(f"the demo's weights in {WEIGHTS} cannot be read: {error}; reinstall fastdit") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def _check_weights() -> None:
-    """Open every weight file, so that a damaged one is named."""
+    """Open every weight file, so that a damaged one is named.
+
+    Raises:
+        DemoWeightsError: A file is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     for part in ("transformer", "vae", "text_encoder"):
         files = list((WEIGHTS / part).glob("*.safetensors"))
         if not files:
             raise DemoWeightsError(
-                f"the demo's weights are not complete: no .safetensors in {WEIGHTS / part}; "
-                "reinstall fastdit"
+                f"the demo's weights are not complete: no .safetensors in {WEIGHTS / part}; reinstall fastdit"
             )
         for file in files:
             try:
@@ -92,6 +101,5 @@ def _check_weights() -> None:
                     opened.keys()
             except (SafetensorError, OSError) as error:
                 raise DemoWeightsError(
-                    f"{file} is not a whole safetensors file: {error} "
-                    f"({file.stat().st_size} bytes); reinstall fastdit"
+                    f"{file} is not a whole safetensors file: {error} ({file.stat().st_size} bytes); reinstall fastdit"
                 ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +49,7 @@ def evaluate(
     seeds: int,
     steps: int | None = None,
     guidance: float | None = None,
-    on_clip=None,
+    on_clip: Callable[[dict, np.ndarray], None] | None = None,
 ) -> dict:
     """Score ``captions`` x ``seeds`` clips.
 
@@ -130,9 +131,7 @@ def main(
             columns = [np.concatenate(column) for column in (left, right) if column]
             iio.imwrite(output / "contact_sheet.png", np.concatenate(columns, axis=1))
 
-    result = evaluate(
-        load_pipeline(device=device), HELD_OUT_CAPTIONS[:captions], seeds, steps, guidance, on_clip
-    )
+    result = evaluate(load_pipeline(device=device), HELD_OUT_CAPTIONS[:captions], seeds, steps, guidance, on_clip)
     (output / "evaluation.json").write_text(json.dumps(result, indent=1))
     table = Table("", *FIELDS, title=f"{captions} held-out captions x {seeds} seeds")
     table.add_row("accuracy", *(f"{result['accuracy'][f]:.3f}" for f in FIELDS))

@@ -41,9 +41,7 @@ def measure_statistics(work: Path, device: str, clips: int = 24) -> None:
     save_checkpoint(path, mean=flat.mean(1).cpu(), std=flat.std(1).cpu())
 
 
-def encode_clips(
-    work: Path, clips: int, device: str, part: int = 0, parts: int = 1, num_frames: int = 45
-) -> None:
+def encode_clips(work: Path, clips: int, device: str, part: int = 0, parts: int = 1, num_frames: int = 45) -> None:
     """Encode ``clips`` training clips and 8 held-out ones to ``work/latents``; skips what is there.
 
     Args:

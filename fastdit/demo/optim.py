@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,9 +32,7 @@ class MuonAdam(torch.optim.Optimizer):
         adam_lr: Step of the others.
     """
 
-    def __init__(
-        self, matrices: Iterable[Tensor], others: Iterable[Tensor], muon_lr: float, adam_lr: float
-    ):
+    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], muon_lr: float, adam_lr: float):
         groups = [
             {"params": list(matrices), "lr": muon_lr, "base_lr": muon_lr, "muon": True},
             {"params": list(others), "lr": adam_lr, "base_lr": adam_lr, "muon": False},
@@ -47,7 +45,8 @@ class MuonAdam(torch.optim.Optimizer):
             group["lr"] = group["base_lr"] * factor
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the weights; ``closure`` is not used."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

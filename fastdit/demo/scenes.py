@@ -59,9 +59,7 @@ class Scene:
         return np.rint(clip * 255.0).astype(np.uint8)
 
 
-def sample_scene(
-    seed: int, num_frames: int = 45, attributes: Attributes | None = None, silent: float = 0.1
-) -> Scene:
+def sample_scene(seed: int, num_frames: int = 45, attributes: Attributes | None = None, silent: float = 0.1) -> Scene:
     """Draw the scene of ``seed``.
 
     Args:
@@ -87,10 +85,12 @@ def sample_scene(
     return Scene(caption, named, shown, center, radius)
 
 
-def _trajectory(
-    shown: Attributes, rng: random.Random, time: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return centres ``(F, 2)`` (x, y) and radii ``(F,)``, both in units of the frame."""
+def _trajectory(shown: Attributes, rng: random.Random, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return centres ``(F, 2)`` (x, y) and radii ``(F,)``, both in units of the frame.
+
+    Raises:
+        ValueError: There is no such motion.
+    """
     size = RADIUS[shown.size] * rng.uniform(0.95, 1.05)
     radius = np.full_like(time, size)
     across = np.full_like(time, 0.5 + rng.uniform(-0.2, 0.2))
@@ -117,7 +117,11 @@ def _trajectory(
 
 
 def _distance(shape: str | None, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Return the signed distance ``(H, W)`` to the outline, in units of the frame."""
+    """Return the signed distance ``(H, W)`` to the outline, in units of the frame.
+
+    Raises:
+        ValueError: There is no such shape.
+    """
     if shape == "circle":
         return np.sqrt(dx * dx + dy * dy) - np.float32(radius)
     if shape == "square":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import Tensor, nn
 
 TEXT_TOKENS = 16
@@ -73,6 +73,44 @@ class PlacedRope(nn.Module):
         return out[0], out[1]
 
 
+class ComplexRopeProcessor(WanAttnProcessor):
+    """Self-attention with the rotation as one complex product, for fewer passes over memory."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Do what ``WanAttnProcessor`` does, for self-attention only.
+
+        Args:
+            attn: The attention layer.
+            hidden_states: ``(B, N, D)``.
+            encoder_hidden_states: Not used.
+            attention_mask: Not used.
+            rotary_emb: Cos and sin, ``(1, N, 1, D)`` each.
+
+        Returns:
+            ``(B, N, D)``.
+        """
+        assert rotary_emb is not None
+        cos, sin = rotary_emb
+        rotation = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())
+
+        def rotate(x: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(x.unflatten(2, (attn.heads, -1, 2)))
+            return torch.view_as_real(pairs * rotation).flatten(3).transpose(1, 2)
+
+        query = rotate(attn.norm_q(attn.to_q(hidden_states)))
+        key = rotate(attn.norm_k(attn.to_k(hidden_states)))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
 class PaddedTextProcessor(WanAttnProcessor):
     """Cross-attention in which the last text token counts as ``repeats`` equal ones."""
 
@@ -80,8 +118,27 @@ class PaddedTextProcessor(WanAttnProcessor):
         super().__init__()
         self.repeats = 1
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        """Add log(repeats) to the last key's score; see ``WanAttnProcessor`` for the arguments."""
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Add log(repeats) to the last key's score, and do what ``WanAttnProcessor`` does.
+
+        Args:
+            attn: The attention layer.
+            hidden_states: ``(B, N, D)``.
+            encoder_hidden_states: ``(B, 16, D)``, the text.
+            attention_mask: Not used.
+            rotary_emb: Not used.
+
+        Returns:
+            ``(B, N, D)``.
+        """
+        assert encoder_hidden_states is not None
         bias = hidden_states.new_zeros(1, 1, 1, encoder_hidden_states.shape[1])
         bias[..., -1] = math.log(self.repeats)
         return super().__call__(attn, hidden_states, encoder_hidden_states, bias, None)
@@ -91,14 +148,15 @@ class PaddedTextProcessor(WanAttnProcessor):
 def subset_training(transformer: WanTransformer3DModel) -> Iterator[SubsetModel]:
     """Give a view of ``transformer`` that takes subsets; the stock parts are back on leaving."""
     stock_rope = transformer.rope
-    stock_processors = [block.attn2.processor for block in transformer.blocks]
+    attentions = [a for block in transformer.blocks for a in (block.attn1, block.attn2)]
+    stock_processors = [attention.processor for attention in attentions]
     view = SubsetModel(transformer)
     try:
         yield view
     finally:
         transformer.rope = stock_rope
-        for block, processor in zip(transformer.blocks, stock_processors, strict=True):
-            block.attn2.set_processor(processor)
+        for attention, processor in zip(attentions, stock_processors, strict=True):
+            attention.set_processor(processor)
 
 
 class SubsetModel:
@@ -110,11 +168,10 @@ class SubsetModel:
         self.processor = PaddedTextProcessor()
         transformer.rope = self.rope
         for block in transformer.blocks:
+            block.attn1.set_processor(ComplexRopeProcessor())
             block.attn2.set_processor(self.processor)
 
-    def __call__(
-        self, tokens: Tensor, places: Tensor, sigma: Tensor, text: Tensor, text_length: int
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, places: Tensor, sigma: Tensor, text: Tensor, text_length: int) -> Tensor:
         """Predict the velocity of ``tokens``.
 
         Args:
@@ -140,10 +197,22 @@ def gather_tokens(latents: Tensor, places: Tensor) -> Tensor:
     return latents[:, :, t, y, x]
 
 
-def flow_loss(model: SubsetModel, clean: Tensor, noise: Tensor, places, sigma, text, text_length):
-    """Return the squared error of the predicted velocity per sample, ``(B,)``.
+def flow_loss(
+    model: SubsetModel, clean: Tensor, noise: Tensor, places: Tensor, sigma: Tensor, text: Tensor, text_length: int
+) -> Tensor:
+    """Return the squared error of the predicted velocity per sample.
 
-    ``clean`` and ``noise`` are ``(B, C, N)``; the noised tokens lie on the line between them.
+    Args:
+        model: The transformer on subsets.
+        clean: ``(B, C, N)`` latents; the noised tokens lie on the line from them to ``noise``.
+        noise: ``(B, C, N)``.
+        places: ``(N, 3)`` int64.
+        sigma: ``(B,)`` in [0, 1].
+        text: ``(B, 16, D)``.
+        text_length: Tokens that the text stands for.
+
+    Returns:
+        ``(B,)``.
     """
     level = sigma[:, None, None]
     noised = (1.0 - level) * clean + level * noise

@@ -25,9 +25,7 @@ class Stage(str, Enum):
 def main(
     stage: Annotated[Stage, typer.Option(help="The stage to run, or all of them.")] = Stage.all,
     work: Annotated[Path, typer.Option(help="Folder of checkpoints and latents.")] = Path("build/demo"),
-    output: Annotated[
-        Path | None, typer.Option(help="Where to export; the package's weights if not given.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to export; the package's weights if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads, 0 for torch's default.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seeds everything.")] = 0,

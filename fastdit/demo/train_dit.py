@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from fastdit.demo.latents import LatentSet
@@ -20,6 +21,7 @@ from fastdit.demo.optim import (
     lr_factor,
     save_checkpoint,
 )
+from fastdit.demo.parallel import average_gradients, start_processes
 from fastdit.demo.progress import LossLog, training_bar
 from fastdit.demo.subsets import TEXT_TOKENS, Subset, SubsetModel, flow_loss, gather_tokens, subset_training
 
@@ -33,8 +35,8 @@ CAPTION_DROPOUT = 0.1
 class Kind:
     """One kind of training step.
 
-    ``share`` of the steps at the start and at the end of training (linear between), ``batch``
-    clips, noise levels pushed up by ``shift``.
+    ``share`` of the steps at the start and from the middle of training on (linear between), ``batch``
+    clips per process, noise levels pushed up by ``shift``.
     """
 
     name: str
@@ -45,11 +47,11 @@ class Kind:
 
 
 KINDS = (
-    Kind("st2.4.4", Subset((2, 4, 4)), 20, 2.0, (0.35, 0.0)),
-    Kind("st1.4.4", Subset((1, 4, 4)), 10, 2.5, (0.65, 0.30)),
-    Kind("st2.2.2", Subset((2, 2, 2)), 5, 3.0, (0.0, 0.25)),
-    Kind("st1.2.2", Subset((1, 2, 2)), 2, 3.5, (0.0, 0.20)),
-    Kind("hyb4.8.8", Subset((2, 3, 3), (4, 8, 8)), 5, 3.0, (0.0, 0.25)),
+    Kind("st2.4.4", Subset((2, 4, 4)), 12, 2.0, (0.35, 0.0)),
+    Kind("st1.4.4", Subset((1, 4, 4)), 6, 2.5, (0.65, 0.30)),
+    Kind("st2.2.2", Subset((2, 2, 2)), 3, 3.0, (0.0, 0.25)),
+    Kind("st1.2.2", Subset((1, 2, 2)), 1, 3.5, (0.0, 0.20)),
+    Kind("hyb4.8.8", Subset((2, 3, 3), (4, 8, 8)), 4, 3.0, (0.0, 0.25)),
 )
 
 
@@ -63,7 +65,11 @@ class CaptionTable:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> Tensor:
-        """Return ``(B, 16, 64)``."""
+        """Return ``(B, 16, 64)``.
+
+        Raises:
+            ValueError: A caption has more than 14 words.
+        """
         for caption in captions:
             if caption not in self.known:
                 ids = self.tokenizer(caption, return_tensors="pt").input_ids
@@ -100,7 +106,7 @@ def draw_text_length(generator: torch.Generator) -> int:
 def training_loss(
     model: SubsetModel, data: LatentSet, table: CaptionTable, kind: Kind, generator: torch.Generator
 ) -> Tensor:
-    """Return the mean loss of one batch of ``kind``; all chance comes from ``generator``."""
+    """Return the mean loss ``()`` of one batch of ``kind``; all chance comes from ``generator``."""
     picks = torch.randint(len(data.latents), (kind.batch,), generator=generator)
     grid = tuple(data.latents.shape[2:])
     places = kind.subset.draw(grid, generator)
@@ -112,9 +118,7 @@ def training_loss(
     text = table(captions)
     length = draw_text_length(generator)
     to = text.device
-    return flow_loss(
-        model, clean.to(to), noise.to(to), places.to(to), sigma.to(to), text, length
-    ).mean()
+    return flow_loss(model, clean.to(to), noise.to(to), places.to(to), sigma.to(to), text, length).mean()
 
 
 @torch.no_grad()
@@ -128,9 +132,7 @@ def held_out_loss(model: SubsetModel, work: Path, table: CaptionTable) -> list[f
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(i))
         sigma, text = torch.tensor([level]), table(captions[i : i + 1])
         to = text.device
-        loss = flow_loss(
-            model, clean.to(to), noise.to(to), places.to(to), sigma.to(to), text, TEXT_LENGTH
-        )
+        loss = flow_loss(model, clean.to(to), noise.to(to), places.to(to), sigma.to(to), text, TEXT_LENGTH)
         losses.append(round(loss.item(), 4))
     return losses
 
@@ -154,7 +156,11 @@ def train_dit(
         save_every: Seconds between checkpoints.
         check_every: Steps between held-out losses, 0 for none.
         lr: Learning rates of Muon and Adam.
+
+    Raises:
+        FileNotFoundError: There are no latents yet.
     """
+    rank, processes = start_processes()
     torch.manual_seed(seed)
     transformer = build_transformer().to(device)
     optimizer = build_optimizer(transformer, muon_lr=lr[0], adam_lr=lr[1])
@@ -170,9 +176,11 @@ def train_dit(
     data, table = LatentSet(work), CaptionTable(device)
     if not data.refresh():
         raise FileNotFoundError(f"no latents in {work / 'latents'}; run the latents stage first")
-    log = LossLog(work / "dit.jsonl", start)
+    log = LossLog(work / "dit.jsonl", start) if rank == 0 else None
 
     def save(step: int) -> None:
+        if rank:
+            return
         save_checkpoint(
             path,
             model=transformer.state_dict(),
@@ -185,23 +193,26 @@ def train_dit(
     recent: deque[float] = deque(maxlen=50)
     with subset_training(transformer) as model, training_bar("dit", start, steps) as update:
         for step in range(start, steps):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            kind = draw_kind(step, steps, generator)
+            shared = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            kind = draw_kind(step, steps, shared)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + rank)
             loss = training_loss(model, data, table, kind, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            average_gradients(transformer, processes)
             torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
             optimizer.scale_lr(lr_factor(step, steps))
             optimizer.step()
             average.update(transformer, step)
             recent.append(loss.item())
-            log.add(step=step + 1, loss=round(loss.item(), 5), kind=kind.name)
+            if log:
+                log.add(step=step + 1, loss=round(loss.item(), 5), kind=kind.name)
             speed = (time.monotonic() - began) / (step + 1 - start)
             mean = sum(recent) / len(recent)
             update(step + 1, f"loss {mean:.4f} {speed:.2f} s/step {len(data.captions)} clips")
             if step % 100 == 99:
                 data.refresh()
-            if check_every and (step + 1) % check_every == 0:
+            if log and check_every and (step + 1) % check_every == 0:
                 losses = _check_average(transformer, average, model, work, table)
                 log.add(step=step + 1, held_out=sum(losses) / len(losses), levels=str(losses))
                 logger.info("step %d held out %s", step + 1, losses)
@@ -211,7 +222,9 @@ def train_dit(
     save(steps)
 
 
-def _check_average(transformer, average, model, work, table) -> list[float]:
+def _check_average(
+    transformer: WanTransformer3DModel, average: WeightAverage, model: SubsetModel, work: Path, table: CaptionTable
+) -> list[float]:
     """Return the held-out losses of the averaged weights; the live ones are put back."""
     live = {k: v.clone() for k, v in transformer.state_dict().items()}
     transformer.load_state_dict(average.weights)
@@ -220,8 +233,12 @@ def _check_average(transformer, average, model, work, table) -> list[float]:
     return losses
 
 
-def load_dit(work: Path, device: str = "cpu"):
-    """Return the averaged transformer of ``work/dit.pt`` in evaluation mode."""
+def load_dit(work: Path, device: str = "cpu") -> WanTransformer3DModel:
+    """Return the averaged transformer of ``work/dit.pt`` in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
     state = load_checkpoint(work / "dit.pt", device)
     if state is None:
         raise FileNotFoundError(f"no {work / 'dit.pt'}; run the dit stage first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from fastdit.demo.optim import (
     lr_factor,
     save_checkpoint,
 )
+from fastdit.demo.parallel import average_gradients, start_processes
 from fastdit.demo.progress import LossLog, training_bar
 from fastdit.demo.scenes import Scene, sample_scene
 
@@ -31,39 +33,45 @@ logger = logging.getLogger(__name__)
 class VaePhase:
     """``batch`` crops of ``frames`` x ``size`` x ``size`` pixels until ``until`` of all steps.
 
-    Short clips teach the decoder to take colours from the first frame, which drifts on long ones;
-    so most of the training is on 17 frames and more.
+    ``cut`` is the chance in [0, 1] that a latent frame starts another scene. Without cuts the
+    latents hold colour changes only, and long clips drift; a cut makes every latent frame tell
+    its own colours.
     """
 
     until: float
     frames: int
     size: int
     batch: int
+    cut: float
 
 
 PHASES = (
-    VaePhase(0.25, 5, 64, 4),
-    VaePhase(0.85, 17, 64, 2),
-    VaePhase(1.0, 29, 80, 1),
+    VaePhase(0.97, 13, 64, 1, 0.5),
+    VaePhase(1.0, 29, 80, 1, 0.2),
 )
 
 
-def sample_crops(rng: np.random.Generator, frames: int, size: int, batch: int) -> Tensor:
+def sample_crops(rng: np.random.Generator, phase: VaePhase) -> Tensor:
     """Return crops ``(B, 3, F, S, S)`` in [-1, 1] of random scenes, most of them at the object."""
     crops = []
-    for _ in range(batch):
-        scene = sample_scene(int(rng.integers(2**31)))
-        start = int(rng.integers(45 - frames + 1))
-        top, left = _corner(rng, scene, start + frames // 2, size)
-        crops.append(
-            scene.render(
-                frames=slice(start, start + frames),
-                rows=slice(top, top + size),
-                columns=slice(left, left + size),
-            )
-        )
+    for _ in range(phase.batch):
+        cuts = [0, *(f for f in range(1, phase.frames, 4) if rng.random() < phase.cut), phase.frames]
+        parts = [_crop(rng, b - a, phase.size) for a, b in itertools.pairwise(cuts)]
+        crops.append(np.concatenate(parts))
     clip = torch.from_numpy(np.stack(crops)).permute(0, 4, 1, 2, 3)
     return clip.float() / 127.5 - 1.0
+
+
+def _crop(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+    """Return ``(F, S, S, 3)`` uint8 of one scene."""
+    scene = sample_scene(int(rng.integers(2**31)))
+    start = int(rng.integers(45 - frames + 1))
+    top, left = _corner(rng, scene, start + frames // 2, size)
+    return scene.render(
+        frames=slice(start, start + frames),
+        rows=slice(top, top + size),
+        columns=slice(left, left + size),
+    )
 
 
 def _corner(rng: np.random.Generator, scene: Scene, frame: int, size: int) -> tuple[int, int]:
@@ -76,7 +84,15 @@ def _corner(rng: np.random.Generator, scene: Scene, frame: int, size: int) -> tu
 
 
 def decode_raw(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Decode chunk by chunk as ``vae.decode`` does, without its clamp (which has no gradient)."""
+    """Decode chunk by chunk as ``vae.decode`` does, without its clamp (which has no gradient).
+
+    Args:
+        vae: The autoencoder.
+        latents: ``(B, C, T, Y, X)``.
+
+    Returns:
+        ``(B, 3, F, H, W)``, about in [-1, 1].
+    """
     vae.clear_cache()
     x = vae.post_quant_conv(latents)
     out = []
@@ -115,6 +131,7 @@ def train_vae(work: Path, steps: int, device: str, seed: int, save_every: float 
         seed: Seeds weights, scenes and noise.
         save_every: Seconds between checkpoints.
     """
+    rank, processes = start_processes()
     torch.manual_seed(seed)
     vae = build_vae().to(device)
     optimizer = build_optimizer(vae, muon_lr=4e-3, adam_lr=1.5e-3)
@@ -127,9 +144,11 @@ def train_vae(work: Path, steps: int, device: str, seed: int, save_every: float 
         optimizer.load_state_dict(state["optimizer"])
         average.weights = state["average"]
         start = state["step"]
-    log = LossLog(work / "vae.jsonl", start)
+    log = LossLog(work / "vae.jsonl", start) if rank == 0 else None
 
     def save(step: int) -> None:
+        if rank:
+            return
         save_checkpoint(
             path,
             model=vae.state_dict(),
@@ -142,19 +161,21 @@ def train_vae(work: Path, steps: int, device: str, seed: int, save_every: float 
     with training_bar("vae", start, steps) as update:
         for step in range(start, steps):
             phase = next(p for p in PHASES if step < p.until * steps or p is PHASES[-1])
-            rng = np.random.default_rng((seed, step))
-            clip = sample_crops(rng, phase.frames, phase.size, phase.batch).to(device)
+            rng = np.random.default_rng((seed, step, rank))
+            clip = sample_crops(rng, phase).to(device)
             shape = (phase.batch, vae.config.z_dim, 1 + phase.frames // 4, phase.size // 8, phase.size // 8)
             noise = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device)
             loss, square = vae_loss(vae, clip, noise)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            average_gradients(vae, processes)
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.scale_lr(lr_factor(step, steps))
             optimizer.step()
             average.update(vae, step)
             psnr = 10.0 * np.log10(4.0 / max(square.item(), 1e-9))
-            log.add(step=step + 1, loss=round(loss.item(), 5), psnr=round(psnr, 2))
+            if log:
+                log.add(step=step + 1, loss=round(loss.item(), 5), psnr=round(psnr, 2))
             speed = (time.monotonic() - began) / (step + 1 - start)
             update(step + 1, f"loss {loss.item():.4f} psnr {psnr:.1f} dB {speed:.2f} s/step")
             if time.monotonic() - saved > save_every:
@@ -164,7 +185,11 @@ def train_vae(work: Path, steps: int, device: str, seed: int, save_every: float 
 
 
 def load_vae(work: Path, device: str = "cpu") -> AutoencoderKLWan:
-    """Return the averaged autoencoder of ``work/vae.pt``, its latent statistics set if known."""
+    """Return the averaged autoencoder of ``work/vae.pt``, its latent statistics set if known.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
     state = load_checkpoint(work / "vae.pt", device)
     if state is None:
         raise FileNotFoundError(f"no {work / 'vae.pt'}; run the vae stage first")
@@ -172,9 +197,7 @@ def load_vae(work: Path, device: str = "cpu") -> AutoencoderKLWan:
     vae.load_state_dict(state["average"])
     statistics = load_checkpoint(work / "statistics.pt")
     if statistics:
-        vae.register_to_config(
-            latents_mean=statistics["mean"].tolist(), latents_std=statistics["std"].tolist()
-        )
+        vae.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=statistics["std"].tolist())
     return vae
 
 
@@ -193,5 +216,3 @@ def measure_vae(vae: AutoencoderKLWan, seeds: range, device: str = "cpu") -> dic
         "worst": float(np.min(whole)),
         "last_frames": float(np.mean(last)),
     }
-
-
