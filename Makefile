@@ -38,8 +38,12 @@ $(VENV)/.ready-dev: $(INPUTS)
 .PHONY: demo
 demo: $(VENV)/.ready  ## Make a video, sparse and dense, and say how they compare (PROMPT="...", OUTPUT=...)
 	@mkdir -p $(dir $(OUTPUT))
-	$(VENV)/bin/fastdit generate "$(PROMPT)" --compare -o "$(OUTPUT)"
+	$(VENV)/bin/fastdit generate "$(PROMPT)" --compare -o "$(OUTPUT)" --report "$(basename $(OUTPUT)).json"
 	@echo "the videos are in $(abspath $(dir $(OUTPUT)))"
+
+.PHONY: results
+results: demo  ## Put the pictures and numbers of `make demo` into the README
+	$(PY) docs/results.py "$(basename $(OUTPUT)).json"
 
 .PHONY: test
 test: $(VENV)/.ready-dev  ## Run all tests
