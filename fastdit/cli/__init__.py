@@ -60,5 +60,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         explain = getattr(error, "format_message", None)
         if explain is None:
             raise
-        code = fail(f"{explain()} (see fastdit --help)", getattr(error, "exit_code", 2))
+        code = fail(f"{explain().replace('Value error, ', '')} (see fastdit --help)", getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,6 +165,7 @@ def generate(
 
     from . import models
     from .settings import read_settings
+    from .sources import find_model
 
     settings = read_settings(
         method=method,
@@ -180,33 +182,30 @@ def generate(
     team = Team()
     device = models.choose_device((team.device or device) if device in ("auto", "cuda") else device)
     models.check_offload(offload, device)
-    source = models.find_model(model)
+    weights = models.choose_dtype(dtype, device)
+    source = find_model(model)
 
-    from . import making, results, sizes
+    from . import making, results
 
-    if not debug:
-        models.silence_libraries()
+    given = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "negative_prompt": negative_prompt,
+    }
     mine = team.share(jobs)
     screen = Screen(quiet=quiet, as_json=as_json, shown=team.is_first)
     found: list[dict[str, Any]] = []
-    with screen.working():
+    with screen.working(), contextlib.nullcontext() if debug else models.quiet_libraries():
         if mine:
-            weights = models.choose_dtype(dtype, device)
             bar = screen.start("loading")
             pipeline = models.load_model(source, device=device, dtype=weights, offload=offload, compiled=compiled)
             bar.finish()
-            given = {
-                "height": height,
-                "width": width,
-                "num_frames": frames,
-                "num_inference_steps": steps,
-                "guidance_scale": guidance,
-                "negative_prompt": negative_prompt,
-            }
-            arguments = making.call_arguments(pipeline, source, given)
-            sizes.check_sizes(pipeline, arguments)
-            rate = making.frame_rate(pipeline, source, fps)
-            studio = making.Studio(pipeline, settings, arguments, seed, rate, device, screen)
+            studio = making.Studio.open(
+                pipeline, source, given, settings=settings, seed=seed, fps=fps, device=device, screen=screen
+            )
             found = [studio.make(job, compare=compare) for job in mine]
         clips = team.gather(found)
     if team.is_first:
@@ -217,7 +216,6 @@ def generate(
             "dtype": str(weights).removeprefix("torch."),
             "offload": offload,
             "compile": compiled,
-            "fps": rate,
         }
         value = results.summarize(clips, about)
         if report is not None:

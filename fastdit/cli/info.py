@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -87,7 +88,11 @@ def _tables(value: dict[str, Any]) -> list[Table]:
     installed = plain_table("versions", "package", "version", numbers=False)
     for package, number in value["versions"].items():
         add_row(installed, package, number or "not installed")
-    add_row(installed, "ffmpeg", value["ffmpeg"] or "not found: videos cannot be written or read")
+    add_row(
+        installed,
+        "ffmpeg",
+        Path(value["ffmpeg"]).name if value["ffmpeg"] else "not found: no videos can be written or read",
+    )
 
     devices = plain_table("devices", "device", "name", "memory", "capability", numbers=False)
     for about in value["devices"]:

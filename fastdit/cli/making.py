@@ -10,11 +10,12 @@ import torch
 
 from .. import metrics
 from .errors import InputError
-from .models import ModelSource
 from .prompts import Job
 from .results import decibels
 from .screen import Screen
 from .settings import Settings
+from .sizes import check_sizes
+from .sources import ModelSource
 from .timing import Clip, run_timed, warm_up
 from .video import side_by_side, write_video
 
@@ -50,6 +51,39 @@ class Studio:
     device: str
     screen: Screen
 
+    @classmethod
+    def open(
+        cls,
+        pipeline: Any,
+        source: ModelSource,
+        given: dict[str, Any],
+        *,
+        settings: Settings,
+        seed: int,
+        fps: float | None,
+        device: str,
+        screen: Screen,
+    ) -> Studio:
+        """Settle what is passed to a pipeline, and check its sizes before anything is computed.
+
+        Args:
+            pipeline: The pipeline, on its device.
+            source: Where it came from.
+            given: Keywords of its call; ``None`` where the user said nothing.
+            settings: What makes it sparse.
+            seed: Of the noise.
+            fps: Frames per second of the files; ``None`` takes what the model was made for.
+            device: Where the pipeline runs.
+            screen: Shows the progress.
+
+        Raises:
+            InputError: The pipeline does not take one of the keywords or sizes.
+        """
+        arguments = _call_arguments(pipeline, source, given)
+        check_sizes(pipeline, arguments)
+        rate = _frame_rate(pipeline, source, fps)
+        return cls(pipeline, settings, arguments, seed, rate, device, screen)
+
     def make(self, job: Job, *, compare: bool) -> dict[str, Any]:
         """Make and write the video of a prompt, and return its numbers.
 
@@ -78,6 +112,7 @@ class Studio:
             "frames": len(sparse.frames),
             "height": sparse.frames.shape[1],
             "width": sparse.frames.shape[2],
+            "fps": self.fps,
             "density": handle.density,
             "overall_density": handle.overall_density,
             **_times(sparse, steps),
@@ -123,38 +158,20 @@ class Studio:
         self.screen.note(f"wrote {path}")
 
 
-def call_arguments(pipeline: Any, source: ModelSource, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the keywords of a pipeline's call: the model's defaults under what the user gave.
-
-    Args:
-        pipeline: The pipeline.
-        source: Where it came from.
-        given: Keywords by the name of the option; ``None`` where nothing was said.
-
-    Raises:
-        InputError: The pipeline does not take one of them.
-    """
+def _call_arguments(pipeline: Any, source: ModelSource, given: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(pipeline.__call__).parameters
     values = {name: value for name, value in given.items() if value is not None}
     for name in values:
         if name not in parameters:
             raise InputError(f"{type(pipeline).__name__} takes no {name}; leave the option out")
     arguments = {**source.defaults, **values}
-    if "num_inference_steps" not in arguments:
-        arguments["num_inference_steps"] = parameters["num_inference_steps"].default
+    arguments.setdefault("num_inference_steps", parameters["num_inference_steps"].default)
     return arguments
 
 
-def frame_rate(pipeline: Any, source: ModelSource, asked: float | None) -> float:
-    """Return the frames per second to write: what was asked, what the model was made for, or 16.
-
-    Args:
-        pipeline: The pipeline.
-        source: Where it came from.
-        asked: What the user gave, if anything.
-    """
-    rate = inspect.signature(pipeline.__call__).parameters.get("frame_rate")
-    return float(asked or source.fps or (rate.default if rate is not None else None) or FPS)
+def _frame_rate(pipeline: Any, source: ModelSource, asked: float | None) -> float:
+    own = inspect.signature(pipeline.__call__).parameters.get("frame_rate")
+    return float(asked or source.fps or (own.default if own is not None else FPS))
 
 
 def _times(clip: Clip, steps: list[int]) -> dict[str, float | None]:

@@ -17,7 +17,8 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "xform
 IDENTICAL = "inf"
 """What JSON holds for the PSNR of two identical videos, which no JSON number can say."""
 
-SHARED = ("method", "method_fields", "schedule", "kernel", "steps", "sparse_steps", "frames", "height", "width")
+SETTINGS = ("method", "method_fields", "schedule", "kernel", "steps", "sparse_steps")
+SHARED = (*SETTINGS, "frames", "height", "width", "fps")
 """What is the same for all videos of one run."""
 
 COVERS = "text encoding, denoising and decoding; not loading, the warm-up step or writing files"

@@ -17,7 +17,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -45,27 +44,32 @@ class _Count(MofNCompleteColumn):
 
 
 class Bar:
-    """Show how far one part of the work is.
+    """Show how far one part of the work is: a bar on a terminal, elsewhere a line when it is done.
 
     Args:
-        progress: What draws the bars.
-        task: Which of them.
+        screen: Where it is shown.
+        name: What is being done.
+        total: Parts, or ``None`` if that is unknown.
     """
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+    def __init__(self, screen: Screen, name: str, total: int | None) -> None:
+        self._screen = screen
+        self._name = name
+        self._task = screen.progress.add_task(name, total=total)
 
     def advance(self) -> None:
         """Move on by one part."""
-        self._progress.advance(self._task)
+        self._screen.progress.advance(self._task)
 
     def finish(self) -> None:
         """Show that all is done."""
-        task = next(task for task in self._progress.tasks if task.id == self._task)
+        progress = self._screen.progress
+        task = next(task for task in progress.tasks if task.id == self._task)
         total = task.total or 1
-        self._progress.update(self._task, total=total, completed=total)
-        self._progress.stop_task(self._task)
+        progress.update(self._task, total=total, completed=total)
+        progress.stop_task(self._task)
+        if progress.disable:
+            self._screen.note(f"{self._name} took {task.elapsed or 0:.1f} s")
 
 
 class Screen:
@@ -81,14 +85,15 @@ class Screen:
         self.quiet = quiet or not shown
         self.as_json = as_json
         self.shown = shown
-        self._progress = Progress(
+        console = Console(stderr=True)
+        self.progress = Progress(
             TextColumn("[bold]{task.description:<11}"),
             BarColumn(bar_width=30),
             _Count(),
             TimeElapsedColumn(),
             _Remaining(),
-            console=Console(stderr=True),
-            disable=self.quiet,
+            console=console,
+            disable=self.quiet or not console.is_terminal,
             refresh_per_second=4,
         )
 
@@ -99,7 +104,7 @@ class Screen:
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = self._warn
             stack.enter_context(redirect_stdout(sys.stderr))
-            stack.enter_context(self._progress)
+            stack.enter_context(self.progress)
             yield
 
     def start(self, name: str, total: int | None = None) -> Bar:
@@ -109,12 +114,12 @@ class Screen:
             name: What is being done.
             total: Parts, or ``None`` if that is unknown.
         """
-        return Bar(self._progress, self._progress.add_task(name, total=total))
+        return Bar(self, name, total)
 
     def clear(self) -> None:
         """Take the bars of a finished piece of work away."""
-        for task in self._progress.task_ids:
-            self._progress.remove_task(task)
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
 
     def note(self, text: str) -> None:
         """Show a line above the bars.
@@ -123,7 +128,7 @@ class Screen:
             text: The line.
         """
         if not self.quiet:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def result(self, value: dict[str, Any], *tables: Table) -> None:
         """Show the result of a command on stdout: as JSON, as tables, or not at all.

@@ -62,10 +62,11 @@ class SizeLimits:
         if nearest == value:
             return
         step, extra = self._rule(name)
-        rule = f"a multiple of {step}" if not extra else "at least 1" if step == 1 else f"a multiple of {step} plus 1"
+        rule = f"one more than a multiple of {step}" if extra else f"a multiple of {step}"
         if self.longest_axis is not None:
-            rule += f", up to {step * (self.longest_axis - extra) + extra}"
-        raise InputError(f"this model cannot make {name} {value}: it must be {rule}; the nearest is {nearest}")
+            rule += f", at most {step * (self.longest_axis - extra) + extra}"
+        asked = f"{value} frames" if name == "frames" else f"a {name} of {value} pixels"
+        raise InputError(f"this model cannot make {asked}: it must be {rule}; the nearest is {nearest}")
 
     def nearest(self, name: str, value: int) -> int:
         """Return the nearest length that the model can take; of two equally near, the larger.
