@@ -41,7 +41,7 @@ def table(report: dict, clip: dict) -> str:
         ("SSIM to the dense video", "", f"{report['ssim']:.3f}"),
     ]
     lines = [
-        f"| method `{report['method']}` | {sparse} sparse steps | whole run, {steps} steps, text and decoding included |",
+        f"| method `{report['method']}` | {sparse} sparse steps | whole run, {steps} steps and decoding |",
         "|---|---|---|",
         *(f"| {name} | {a} | {b} |" for name, a, b in rows),
         "",
