@@ -20,6 +20,7 @@ from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, const
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
+MIN_WIDE_TILE = 64  # queries in a tile, below which sm_90 and sm_100 use the instruction of earlier GPUs
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -61,10 +62,11 @@ def compile_fwd(arch: int, head_dim: int, dtype: torch.dtype, block_q: int, bloc
         attrs=aligned,
     )
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
-    return _inspect(built.asm["ptx"], built.asm["cubin"], built.metadata.shared, arch)
+    tensor_op = TENSOR_CORES[arch] if config.tile_q >= MIN_WIDE_TILE else "HMMA"
+    return _inspect(built.asm["ptx"], built.asm["cubin"], built.metadata.shared, arch, tensor_op)
 
 
-def _inspect(ptx: str, cubin: bytes, shared: int, arch: int) -> Compiled:
+def _inspect(ptx: str, cubin: bytes, shared: int, arch: int, tensor_op: str) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         binary, text = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         binary.write_bytes(cubin)
@@ -79,7 +81,7 @@ def _inspect(ptx: str, cubin: bytes, shared: int, arch: int) -> Compiled:
         copies = len(re.findall(r"cp\.async\.(?:cg|ca|bulk)", ptx))
         return Compiled(registers, spilled, shared / 1024, None, copies, "serialized" in log)
     spilled += len(re.findall(r"\b(?:LDL|STL)\b", code))
-    tensor_ops = len(re.findall(rf"\b{TENSOR_CORES[arch]}\b", code))
+    tensor_ops = len(re.findall(rf"\b{tensor_op}\b", code))
     copies = len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code))
     return Compiled(registers, spilled, shared / 1024, tensor_ops, copies, "serialized" in log)
 

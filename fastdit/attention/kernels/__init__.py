@@ -48,10 +48,9 @@ def block_sparse_attention(
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
     name = choose_kernel(q, k, v, mask, kernel)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; leave it out for D ** -0.5")
-    return _module(name).run(q, k, v, mask, scale)
+    return _module(name).run(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str | None = None) -> str:

@@ -128,8 +128,8 @@ class _BlockSparse(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for b, h, plan in _heads(q, ctx.mask):
-            tensors = (x[b, h] for x in (q, k, v, out, lse, grads[0]))
-            dq[b, h], dk[b, h], dv[b, h] = _head_backward(*tensors, plan, ctx.mask, ctx.scale)
+            tensors = [x[b, h] for x in (q, k, v, out, lse, grads[0])]
+            dq[b, h], dk[b, h], dv[b, h] = _head_backward(tensors, plan, ctx.mask, ctx.scale)
         return dq, dk, dv, None, None
 
 
@@ -163,17 +163,8 @@ def _head_forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, mask: BlockMask,
     return _restore(out, plan, len(q)), _restore(lse, plan, len(q))
 
 
-def _head_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    plan: _Plan,
-    mask: BlockMask,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _head_backward(tensors: list[Tensor], plan: _Plan, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse, grad = tensors
     dim = q.shape[1]
     queries, outs, grads = (_blocks(x, mask.block_q).index_select(0, plan.order) for x in (q, out, grad))
     lses = _blocks(lse[:, None], mask.block_q).index_select(0, plan.order)

@@ -27,17 +27,35 @@ class Config:
 
 
 _SMALL = (Config(32, 32, 4, 2), Config(16, 16, 4, 2))
-
-_HALF_64 = (Config(128, 64, 4, 2), Config(64, 64, 4, 2), *_SMALL)
+_HALF_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL)
 _HALF_128 = (Config(128, 64, 8, 2), Config(64, 64, 8, 2), *_SMALL)
-_SINGLE = (Config(64, 32, 8, 2), *_SMALL)
+_SINGLE_64 = (Config(64, 32, 8, 2), *_SMALL)
+_SINGLE_128 = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
 
-# (architecture, padded head dim, bits per element): best first. The first whose tiles divide the blocks is used.
-TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {}
-for _arch in (80, 89, 90, 100, 120):
-    for _dim in (32, 64, 128):
-        TABLE[_arch, _dim, 16] = _HALF_128 if _dim == 128 else _HALF_64
-        TABLE[_arch, _dim, 32] = _SINGLE
+# (architecture, head dim, bits per element): best first. The first whose tiles divide the mask's blocks is used.
+TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
+    (80, 64, 16): _HALF_64,
+    (80, 128, 16): _HALF_128,
+    (80, 64, 32): _SINGLE_64,
+    (80, 128, 32): _SINGLE_128,
+    (89, 64, 16): _HALF_64,
+    (89, 128, 16): _HALF_128,
+    (89, 64, 32): _SINGLE_64,
+    (89, 128, 32): _SINGLE_128,
+    (90, 64, 16): _HALF_64,
+    # Two programs of 64 x 64 with 4 warps share a multiprocessor.
+    (90, 128, 16): (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL),
+    (90, 64, 32): _SINGLE_64,
+    (90, 128, 32): _SINGLE_128,
+    (100, 64, 16): _HALF_64,
+    (100, 128, 16): _HALF_128,
+    (100, 64, 32): _SINGLE_64,
+    (100, 128, 32): _SINGLE_128,
+    (120, 64, 16): _HALF_64,
+    (120, 128, 16): _HALF_128,
+    (120, 64, 32): _SINGLE_64,
+    (120, 128, 32): _SINGLE_128,
+}
 
 
 def choose_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Config:
@@ -50,7 +68,7 @@ def choose_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype
         block_q: Queries in a block of the mask, a multiple of 16.
         block_k: Keys in a block of the mask, a multiple of 16.
     """
-    dim = next(d for d in (32, 64, 128) if head_dim <= d)
+    dim = 64 if head_dim <= 64 else 128
     configs = TABLE[table_arch(capability), dim, dtype.itemsize * 8]
     return next(c for c in configs if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
 
