@@ -45,6 +45,7 @@ class RunTracker:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._context: PassContext | None = None
         self._timesteps: Any = None
+        self._follows: bool | None = None
         self._timestep: float | None = None
         self._direction = 0
         self._passes = 0
@@ -84,9 +85,12 @@ class RunTracker:
             self._timesteps = timesteps
             self._start_run()
         said = self._context
-        step = said.step if said is not None and said.step is not None else None
+        step = None if said is None else said.step
         if step is None and pipeline is not None:
             step = _scheduler_step(pipeline, timesteps, timestep)
+        if self._follows is not None and self._follows != (step is None):
+            self._start_run()
+        self._follows = step is None
         if step is None:
             self._follow(timestep)
         else:
@@ -116,8 +120,8 @@ class RunTracker:
     def _follow(self, timestep: Any) -> None:
         value = _value(timestep)
         previous, self._timestep = self._timestep, value
-        if previous is None or self.step < 0:
-            self.step = max(self.step, 0)
+        if self.step < 0:
+            self.step = 0
             return
         if value == previous:
             self._passes += 1
@@ -125,7 +129,7 @@ class RunTracker:
                 self._start_run()
                 self.step = 0
             return
-        direction = 1 if value is not None and value > previous else -1
+        direction = 1 if (value or 0) > (previous or 0) else -1
         if self._direction not in (0, direction):
             self._start_run()
             self.step = 0

@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass
 class Forward:
-    """Hold what is known about the forward pass that runs now.
+    """Hold what is known about a forward pass: the running one, or the latest, which checkpointing may recompute.
 
     Args:
         grid: The video tokens, or the reason why they are unknown.
@@ -241,7 +241,7 @@ class Runtime:
         Raises:
             RuntimeError: A layer made fewer attention calls than it should.
         """
-        forward, self.forward = self.forward, None
+        forward = self.forward
         self.padding.forget()
         if self.complete or forward is None:
             return

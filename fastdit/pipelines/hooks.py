@@ -1,0 +1,63 @@
+"""The hooks on a transformer: they tell its runtime about each forward pass, always outside of compiled graphs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from .context import PassContext
+from .intercept import installed
+
+
+@torch.compiler.disable
+def before_forward(transformer: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check the processors, and pass the arguments on by name.
+
+    Args:
+        transformer: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+    """
+    installation = installed(transformer)
+    if installation is None:
+        return
+    installation.check()
+    arguments = dict(zip(installation.parameters, args, strict=False)) | kwargs
+    installation.runtime.begin(transformer, arguments)
+
+
+@torch.compiler.disable
+def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> None:
+    """Tell the runtime that the forward pass has ended.
+
+    Args:
+        transformer: The model.
+        args: Not used.
+        output: Not used.
+    """
+    installation = installed(transformer)
+    if installation is not None:
+        installation.runtime.end()
+
+
+@contextmanager
+def cache_context(transformer: Module, name: str, **kwargs: Any):
+    """Listen to what a pipeline says about the forward pass, and let diffusers hear it too.
+
+    Args:
+        transformer: The model, on which this hides the method of the same name.
+        name: The guidance pass.
+        **kwargs: What else the pipeline says, by the names of ``diffusers.hooks.CacheContext``.
+    """
+    stock: Any = type(transformer).cache_context
+    installation = installed(transformer)
+    if installation is None:
+        with stock(transformer, name, **kwargs):
+            yield
+        return
+    said = PassContext(name, kwargs.get("step_index"), kwargs.get("num_inference_steps"))
+    with installation.runtime.tracker.named(said), stock(transformer, name, **kwargs):
+        yield

@@ -1,0 +1,263 @@
+"""Steps, guidance passes and videos are told apart, whoever knows about them."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import fastdit
+from fastdit.pipelines.context import PassContext, RunTracker
+
+CFG = ("cond", "uncond")
+
+
+def first_layer(recorder):
+    return [(call.step, call.branch) for call in recorder.calls if call.layer == 0]
+
+
+def hide_cache_context(pipe):
+    """Let fastdit see what it sees of a pipeline that never calls ``cache_context``."""
+    del pipe.transformer.__dict__["cache_context"]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("name", "guidance", "branches"),
+    [
+        ("wan", 5.0, CFG),
+        ("wan", 1.0, ("cond",)),
+        ("wan_i2v", 5.0, CFG),
+        ("vace", 5.0, CFG),
+        ("cogvideox", 5.0, ("cond_uncond",)),
+        ("hunyuan_video", 5.0, ("cond",)),
+        ("mochi", 1.0, ("cond_uncond",)),
+        ("ltx", 5.0, ("cond_uncond",)),
+    ],
+)
+def test_steps_and_branches(name, guidance, branches, hidden):
+    pipe = tiny.pipeline(name, layers=2 if name in ("vace", "hunyuan_video") else 1)
+    recorder = tiny.Recorder()
+    pipe.enable_sparse_attention(recorder, schedule=tiny.EVERY_STEP)
+    if hidden:
+        hide_cache_context(pipe)
+        branches = branches if branches == CFG else ("cond",)
+    for steps in (3, 2, 2) if name == "mochi" else (3, 1, 1):
+        recorder.calls.clear()
+        tiny.run(pipe, steps=steps, guidance=guidance, size=(9, 32, 32) if name == "ltx" else (9, 64, 64))
+        assert first_layer(recorder) == [(step, branch) for step in range(steps) for branch in branches]
+        assert {call.num_steps for call in recorder.calls} == {steps}
+
+
+def test_second_order_scheduler_counts_every_model_evaluation():
+    for hidden in (False, True):
+        pipe = tiny.pipeline("wan", layers=1, scheduler=diffusers.FlowMatchHeunDiscreteScheduler())
+        recorder = tiny.Recorder()
+        pipe.enable_sparse_attention(recorder, schedule=tiny.EVERY_STEP)
+        if hidden:
+            hide_cache_context(pipe)
+        tiny.run(pipe, steps=3)
+        assert first_layer(recorder) == [(step, branch) for step in range(5) for branch in CFG]
+        assert {call.num_steps for call in recorder.calls} == {5}
+
+
+def test_multistep_scheduler():
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe = tiny.pipeline("wan", layers=1, scheduler=scheduler)
+    recorder = tiny.Recorder()
+    pipe.enable_sparse_attention(recorder, schedule=tiny.EVERY_STEP)
+    hide_cache_context(pipe)
+    tiny.run(pipe, steps=4, guidance=1.0)
+    assert first_layer(recorder) == [(step, "cond") for step in range(4)]
+
+
+def test_patterns_are_refreshed_as_scheduled_and_anew_for_each_video():
+    pipe = tiny.pipeline("wan", layers=1)
+    recorder = tiny.Recorder()
+    schedule = fastdit.Schedule(warmup_steps=1, refresh_steps=2)
+    pipe.enable_sparse_attention(recorder, schedule=schedule)
+    for _ in range(2):
+        tiny.run(pipe, steps=5)
+    refreshed = [(call.step, new) for call, new in zip(recorder.calls, recorder.refreshes, strict=True)]
+    one_video = [(step, step in (1, 3)) for step in (1, 2, 3, 4) for _ in CFG]
+    assert refreshed == 2 * one_video
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Counting(fastdit.AttentionMethod):
+    """Count calls in the method's own memory."""
+
+    name = "counting"
+    seen: tuple = (set(), [])
+
+    def pattern(self, q, k, call, state):
+        raise NotImplementedError
+
+    def forward(self, q, k, v, call, state):
+        state.memory["calls"] = state.memory.get("calls", 0) + 1
+        self.seen[0].add(id(state))
+        self.seen[1].append(state.memory["calls"])
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_memory_lasts_one_video(hidden):
+    pipe = tiny.pipeline("wan", layers=1)
+    method = Counting(seen=(set(), []))
+    handle = pipe.enable_sparse_attention(method, schedule=tiny.EVERY_STEP)
+    if hidden:
+        hide_cache_context(pipe)
+    for _ in range(3):
+        tiny.run(pipe, steps=2)
+    assert method.seen[1] == [1, 1, 2, 2] * 3
+    assert len(method.seen[0]) == 2
+    handle.reset()
+    tiny.run(pipe, steps=1)
+    assert method.seen[1][-2:] == [1, 1]
+
+
+def test_memory_does_not_outlive_a_change_of_batch():
+    pipe = tiny.pipeline("cogvideox", layers=1)
+    method = Counting(seen=(set(), []))
+    fastdit.enable_sparse_attention(pipe.transformer, method)
+    model = pipe.transformer
+    for batch, timestep in ((2, 900), (2, 700), (1, 500), (1, 300)):
+        arguments = tiny.arguments("cogvideox", batch=batch) | {"timestep": torch.full((batch,), float(timestep))}
+        with torch.no_grad(), model.cache_context("cond_uncond"):
+            model(**arguments)
+    assert method.seen[1] == [1, 2, 1, 2]
+
+
+def test_guidance_that_ends_in_mid_run_keeps_the_draft_usable():
+    model = tiny.transformer("cogvideox")
+    fastdit.enable_sparse_attention(model, **tiny.DRAFT, schedule=fastdit.Schedule(refresh_steps=100))
+    for batch, timestep in ((2, 900), (2, 700), (1, 500)):
+        arguments = tiny.arguments("cogvideox", batch=batch) | {"timestep": torch.full((batch,), float(timestep))}
+        with torch.no_grad():
+            out = model(**arguments).sample
+    with fastdit.sparse_attention(model, **tiny.DRAFT), torch.no_grad():
+        torch.testing.assert_close(model(**arguments).sample, out)
+
+
+def test_error_in_mid_run_leaves_no_trace():
+    pipe = tiny.pipeline("wan", layers=1)
+    with fastdit.sparse_attention(pipe, **tiny.DRAFT, schedule=tiny.EVERY_STEP):
+        expected = tiny.run(pipe)
+    recorder = tiny.Recorder()
+
+    def fail(pipe, step, timestep, tensors):
+        if step == 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    for hidden in (False, True):
+        pipe.enable_sparse_attention(recorder, schedule=tiny.EVERY_STEP)
+        if hidden:
+            hide_cache_context(pipe)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.run(pipe, callback_on_step_end=fail)
+        recorder.calls.clear()
+        tiny.run(pipe)
+        assert first_layer(recorder) == [(step, branch) for step in range(3) for branch in CFG]
+    pipe.enable_sparse_attention(**tiny.DRAFT, schedule=tiny.EVERY_STEP)
+    attention = pipe.transformer.blocks[0].attn1
+    stock, attention.norm_q.forward = attention.norm_q.forward, None
+    with pytest.raises(TypeError):
+        tiny.run(pipe)
+    attention.norm_q.forward = stock
+    assert torch.equal(tiny.run(pipe), expected)
+
+
+def test_another_pipeline_with_the_same_transformer():
+    pipe = tiny.pipeline("wan", layers=1)
+    other = diffusers.WanPipeline(**pipe.components | {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
+    other.set_progress_bar_config(disable=True)
+    recorder = tiny.Recorder()
+    handle = pipe.enable_sparse_attention(recorder, schedule=tiny.EVERY_STEP)
+    assert other.sparse_attention is handle
+    hide_cache_context(pipe)
+    tiny.run(pipe, steps=2, guidance=1.0)
+    recorder.calls.clear()
+    tiny.run(other, steps=3, guidance=1.0)
+    assert [call.step for call in recorder.calls] == [0, 1, 2]
+    assert {call.num_steps for call in recorder.calls} == {None}
+
+
+def follow(tracker, timesteps):
+    seen = []
+    for timestep in timesteps:
+        tracker.begin(timestep)
+        seen.append((tracker.run, tracker.step, tracker.branch))
+    return seen
+
+
+def test_bare_transformer_follows_the_timestep():
+    tracker = RunTracker()
+    tensor = torch.tensor([500.0, 500.0])
+    assert follow(tracker, [1000, 1000, 750.0, 750.0, tensor, tensor]) == [
+        (0, step, branch) for step in range(3) for branch in CFG
+    ]
+    assert follow(tracker, [1000, 750]) == [(1, 0, "cond"), (1, 1, "cond")]
+    assert tracker.num_steps is None
+
+
+def test_timesteps_may_rise():
+    assert follow(RunTracker(), [0, 250, 500, 0, 250]) == [
+        (0, 0, "cond"),
+        (0, 1, "cond"),
+        (0, 2, "cond"),
+        (1, 0, "cond"),
+        (1, 1, "cond"),
+    ]
+
+
+def test_timesteps_per_token_are_compared_by_their_largest():
+    first_frame_known = [torch.tensor([[0.0, t, t]]) for t in (900.0, 900.0, 600.0)]
+    assert [step for _, step, _ in follow(RunTracker(), first_frame_known)] == [0, 0, 1]
+
+
+def test_constant_timesteps_do_not_pile_up_branches():
+    branches = {branch for _, _, branch in follow(RunTracker(), [1000] * 50)}
+    assert branches == {"cond", "uncond", "pass 2", "pass 3"}
+
+
+def test_named_passes_at_a_constant_timestep_stay_one_step():
+    tracker = RunTracker()
+    with tracker.named(PassContext("cond")):
+        assert set(follow(tracker, [1000] * 9)) == {(0, 0, "cond")}
+
+
+def test_no_timestep_at_all():
+    assert follow(RunTracker(), [None, None])[0] == (0, 0, "cond")
+
+
+def test_a_pipeline_that_skips_the_first_timesteps():
+    timesteps = torch.linspace(1000, 100, 10)
+    scheduler = SimpleNamespace(timesteps=timesteps, step_index=None)
+    pipe = _Pipeline(scheduler)
+    tracker = RunTracker(pipe)
+    seen = []
+    for index in (None, 4, 5, 6):
+        scheduler.step_index = index
+        tracker.begin(timesteps[0])
+        seen.append((tracker.step, tracker.num_steps))
+    assert seen == [(0, 7), (1, 7), (2, 7), (3, 7)]
+
+
+def test_scheduler_without_an_index_is_read_without_looking_at_values():
+    timesteps = torch.linspace(1000, 100, 10)
+    pipe = _Pipeline(SimpleNamespace(timesteps=timesteps))
+    tracker = RunTracker(pipe)
+    for index, timestep in enumerate(timesteps[3:]):
+        tracker.begin(timestep.expand(2))
+        assert (tracker.step, tracker.num_steps) == (index, 7)
+
+
+class _Pipeline:
+    _num_timesteps = 7
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
