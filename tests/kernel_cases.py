@@ -87,14 +87,14 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None 
     return scores.softmax(-1).nan_to_num(0) @ v, scores.float().logsumexp(-1)
 
 
-def check_against_reference(case: Case, dtype: torch.dtype, kernel: str) -> None:
+def check_against_reference(case: Case, dtype: torch.dtype, kernel: str, device: str = "cpu") -> None:
     """Run a kernel on a case and compare with fp64: at most twice the error of eager attention, plus rounding.
 
     Raises:
         AssertionError: The kernel is off.
     """
-    mask = case.mask()
-    q, k, v = case.tensors(dtype)
+    mask = case.mask().to(device)
+    q, k, v = (x.to(device) for x in case.tensors(dtype))
     out, lse = block_sparse_attention(q, k, v, mask, kernel=kernel)
     exact, exact_lse = block_sparse_attention(q.double(), k.double(), v.double(), mask, kernel="reference")
     eager = naive(q, k, v, mask)[0]

@@ -33,6 +33,14 @@ def test_triton_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_on_a_gpu(case, dtype, poisoned_empty):
+    check_against_reference(case, dtype, "triton", "cuda")
+
+
 def test_reference_is_plain_masked_attention():
     case = Case(heads=(2, 2), mask_heads=(2, 1), padded=True)
     mask, tensors = case.mask(), case.tensors(torch.float64)
