@@ -6,7 +6,7 @@ import os
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,9 @@ def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable
         path: A name with one of ``SUFFIXES``.
         fps: Frames per second, above 0.
         advance: Called after each frame.
+
+    Raises:
+        InputError: What was written is no whole video, as on a full disk.
     """
     import imageio
 
@@ -115,10 +118,12 @@ def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable
             output_params=list(QUALITY),
             ffmpeg_log_level="error",
         )
-        with writer:
+        # the writer's own context manager leaves ffmpeg running after an error
+        with closing(writer):
             for frame in frames:
                 writer.append_data(to_bytes(frame))
                 advance()
+        VideoFile.open(part)
 
 
 def to_bytes(frames: np.ndarray) -> np.ndarray:
