@@ -34,7 +34,8 @@ def block_sparse_attention(
         q: ``(B, H, Sq, D)`` queries, in the order of the mask, last axis contiguous.
         k: ``(B, H, Sk, D)`` keys, likewise.
         v: ``(B, H, Sk, D)`` values, likewise.
-        mask: The blocks. Its batch and head axes are 1 or those of ``q``.
+        mask: The blocks. Its batch and head axes are 1 or those of ``q``. Keys and values that are padding never
+            count, but must be finite.
         scale: Softmax scale; default ``D ** -0.5``.
         kernel: One of ``list_kernels()``; default: the fastest that can run, never ``"reference"``.
 
