@@ -7,7 +7,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .attach import attach
+from . import attach as _attach
 
 if TYPE_CHECKING:
     from .api import (
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
         disable_sparse_attention,
         enable_sparse_attention,
         find_sparse_attention,
-        pattern,
         sparse_attention,
-        sparse_attention_call,
     )
     from .attention import AttentionMethod, MethodState, Pattern, get_method, list_methods, register
     from .attention.kernels import block_sparse_attention, list_kernels
+    from .functional import pattern, sparse_attention_call
     from .layout import TokenLayout
     from .mask import BlockMask
     from .pipelines import ModelFamily, list_families, register_family
@@ -35,24 +34,23 @@ _HOMES = {
         "disable_sparse_attention",
         "enable_sparse_attention",
         "find_sparse_attention",
-        "pattern",
         "sparse_attention",
-        "sparse_attention_call",
     ),
     "attention": ("AttentionMethod", "MethodState", "Pattern", "get_method", "list_methods", "register"),
     "attention.kernels": ("block_sparse_attention", "list_kernels"),
+    "functional": ("pattern", "sparse_attention_call"),
     "layout": ("TokenLayout",),
     "mask": ("BlockMask",),
     "pipelines": ("ModelFamily", "list_families", "register_family"),
     "schedule": ("Schedule",),
     "tokens": ("AttentionCall", "TokenSpec", "VideoGrid"),
 }
-_MODULES = ("api", "attention", "layout", "mask", "metrics", "pipelines", "report", "schedule", "tokens")
+_MODULES = ("api", "attention", "functional", "layout", "mask", "metrics", "pipelines", "report", "schedule", "tokens")
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
-attach()
+_attach.attach()
 
 
 def __getattr__(name: str) -> Any:

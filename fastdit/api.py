@@ -10,10 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
-from .attention import AttentionMethod, MethodState, Pattern, get_method
+from .attention import AttentionMethod, get_method
 from .attention.kernels import list_kernels
 from .pipelines.base import find_family
 from .pipelines.context import RunTracker
@@ -22,7 +21,6 @@ from .pipelines.presets import find_preset
 from .pipelines.runtime import Layer, Runtime, Settings
 from .report import summary
 from .schedule import Schedule
-from .tokens import AttentionCall, TokenSpec, VideoGrid
 
 _TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -132,7 +130,7 @@ def enable_sparse_attention(
     Raises:
         ValueError: Model, method or kernel is unknown, or a value is out of range; nothing has been changed then.
         TypeError: The method has no such field, or a method object is given together with fields.
-        RuntimeError: The attention processors of the model cannot be intercepted; nothing has been changed then.
+        RuntimeError: The attention processors of the model cannot be intercepted; it runs stock then.
     """
     transformers = _transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
@@ -227,11 +225,8 @@ def find_sparse_attention(target: Any) -> SparseAttention | None:
 
     Args:
         target: A diffusers pipeline or a transformer.
-
-    Raises:
-        ValueError: ``target`` has no transformer.
     """
-    found = [(transformer, installed(transformer)) for transformer in _transformers(target).values()]
+    found = [(transformer, installed(transformer)) for transformer in _present(target).values()]
     enabled = [(transformer, installation) for transformer, installation in found if installation is not None]
     if not enabled:
         return None
@@ -244,113 +239,21 @@ def find_sparse_attention(target: Any) -> SparseAttention | None:
     return owner
 
 
-def sparse_attention_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: tuple[int, int, int],
-    method: str | AttentionMethod,
-    text_tokens: int = 0,
-    text_first: bool = False,
-    scale: float | None = None,
-    key_padding: Tensor | None = None,
-    kernel: str | None = None,
-    state: MethodState | None = None,
-    **fields: Any,
-) -> Tensor:
-    """Compute one sparse self-attention call, for a model of your own.
-
-    Args:
-        q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-        k: ``(B, H, S, D)`` keys, likewise.
-        v: ``(B, H, S, D)`` values.
-        grid: ``(frames, height, width)`` of the video tokens.
-        method: Name of a method, or a method.
-        text_tokens: Text tokens in the same sequence, at least 0.
-        text_first: Whether they come before the video.
-        scale: Softmax scale; default ``D ** -0.5``.
-        key_padding: ``(B, S)`` bool, True where a key is padding; in each sample real text comes before it.
-        kernel: One of ``list_kernels()``; default: the fastest that can run.
-        state: What the method remembers from call to call; default: nothing.
-        **fields: Fields of the method, if given by name.
-
-    Returns:
-        ``(B, H, S, D)`` in the dtype of ``q``.
-
-    Raises:
-        ValueError: Method or kernel is unknown, a value is out of range, or the tokens do not add up to ``S``.
-        TypeError: The method has no such field, or a method object is given together with fields.
-    """
-    method = _method(method, fields)
-    tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
-    _check_length(tokens, q.shape[2])
-    call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
-    return method.forward(q, k, v, call, MethodState(kernel=kernel) if state is None else state)
-
-
-def pattern(
-    method: str | AttentionMethod,
-    *,
-    grid: tuple[int, int, int],
-    text_tokens: int = 0,
-    text_first: bool = False,
-    q: Tensor | None = None,
-    k: Tensor | None = None,
-    **fields: Any,
-) -> Pattern:
-    """Return the pattern a method chooses, without computing attention.
-
-    Args:
-        method: Name of a method, or a method.
-        grid: ``(frames, height, width)`` of the video tokens.
-        text_tokens: Text tokens in the same sequence, at least 0.
-        text_first: Whether they come before the video.
-        q: ``(B, H, S, D)`` queries; static methods need none.
-        k: ``(B, H, S, D)`` keys; static methods need none.
-        **fields: Fields of the method, if given by name.
-
-    Raises:
-        ValueError: The method needs q and k and they are missing, or as for ``sparse_attention_call``.
-        TypeError: The method has no such field, or a method object is given together with fields.
-    """
-    method = _method(method, fields)
-    tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
-    if q is None or k is None:
-        if not method.static:
-            raise ValueError(f"method {method.name!r} chooses its blocks from queries and keys: give q and k")
-        q = k = torch.zeros(1, 1, 1, 1).expand(1, 1, tokens.num_tokens, 1)
-    _check_length(tokens, q.shape[2])
-    return method.pattern(q, k, AttentionCall(tokens=tokens), MethodState())
-
-
-def _method(method: str | AttentionMethod, fields: Mapping[str, Any]) -> AttentionMethod:
-    if isinstance(method, str):
-        return get_method(method, **fields)
-    if fields:
-        raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with a method object; give its name instead")
-    return method
-
-
-def _check_length(tokens: TokenSpec, length: int) -> None:
-    if tokens.num_tokens != length:
-        raise ValueError(
-            f"a grid of {tokens.grid} and {tokens.text_tokens} text tokens make {tokens.num_tokens} tokens, "
-            f"but q has {length}"
-        )
-
-
 def _check_layers(schedule: Schedule, count: int) -> None:
     wrong = [index for index in schedule.dense_layers if not -count <= index < count]
     if wrong:
         raise ValueError(f"dense_layers names layers {wrong}, but the transformer has {count} self-attention layers")
 
 
-def _transformers(target: Any) -> dict[str, Module]:
+def _present(target: Any) -> dict[str, Module]:
     if isinstance(target, Module):
         return {"transformer": _unwrap(target)}
     found = {name: getattr(target, name, None) for name in _TRANSFORMERS}
-    transformers = {name: _unwrap(model) for name, model in found.items() if isinstance(model, Module)}
+    return {name: _unwrap(model) for name, model in found.items() if isinstance(model, Module)}
+
+
+def _transformers(target: Any) -> dict[str, Module]:
+    transformers = _present(target)
     if not transformers:
         raise ValueError(
             f"{type(target).__name__} has no transformer; give a diffusers video pipeline or its transformer"

@@ -18,7 +18,7 @@ ORDER = (
     {"pipelines"},
     {"search"},
     {"report"},
-    {"api"},
+    {"api", "functional"},
     {"attach"},
     {""},  # fastdit/__init__.py
     {"demo"},
