@@ -30,7 +30,7 @@ def waves(frames=9, height=48, width=64, shift=0.0):
 
 def read(path):
     with imageio.get_reader(path, format="FFMPEG") as reader:
-        return np.stack([frame for frame in reader]) / 255, reader.get_meta_data()
+        return np.stack(list(reader.iter_data())) / 255, reader.get_meta_data()
 
 
 def settings(**changes):

@@ -49,24 +49,26 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug"))
         try:
             command(*args, **kwargs)
         except (typer.Exit, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            message, code = "interrupted; no half-written file was left behind", INTERRUPTED
+        except KeyboardInterrupt as error:
+            _end(error, "interrupted; no half-written file was left behind", INTERRUPTED, debug)
         except InputError as error:
-            message, code = str(error), BAD_INPUT
+            _end(error, str(error), BAD_INPUT, debug)
         except Exception as error:  # noqa: BLE001 - the last resort, whatever went wrong
-            hint = "" if kwargs.get("debug") else " (--debug shows where)"
-            message, code = f"{type(error).__name__}: {error}{_advice(error)}{hint}", FAILED
-        else:
-            return
-        if kwargs.get("debug"):
-            traceback.print_exc()
-        raise typer.Exit(fail(message, code))
+            hint = "" if debug else " (--debug shows where)"
+            _end(error, f"{type(error).__name__}: {error}{_advice(error)}{hint}", FAILED, debug)
 
     return run
+
+
+def _end(error: BaseException, message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    raise typer.Exit(fail(message, code)) from None
 
 
 def _advice(error: Exception) -> str:

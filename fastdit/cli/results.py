@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -144,7 +145,7 @@ def _clip_table(clips: list[dict[str, Any]]) -> Table:
     for clip in clips:
         add_row(
             table,
-            clip["file"],
+            Path(clip["file"]).name,
             number(clip["density"], "{:.3f}"),
             number(clip["seconds"]),
             number(ratio(clip["dense_seconds"], clip["seconds"]), "{:.2f}x"),
