@@ -282,7 +282,7 @@ SPEC = fastdit.TokenSpec(fastdit.VideoGrid(1, 2, 2), 4)
 
 
 def read(mask, batch=2):
-    return PaddingReader().read(mask, SPEC, batch, 0, "cond")
+    return PaddingReader().read(mask, SPEC, batch, "cond")
 
 
 def test_key_padding_is_read_in_every_shape():
@@ -294,6 +294,7 @@ def test_key_padding_is_read_in_every_shape():
     padding, reason = read(keep[1:, None, None])
     assert reason is None and torch.equal(padding, ~keep[1:].expand(2, -1))
     assert read(None) == (None, None)
+    assert read(torch.ones(2, 8, dtype=torch.bool)) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -315,14 +316,35 @@ def test_masks_that_no_pattern_honours(mask, reason):
         raise AssertionError(objection)
 
 
-def test_masks_are_told_apart_by_forward_and_run():
+def test_masks_are_read_once_per_forward_and_source():
     reader = PaddingReader()
     keep = torch.ones(1, 8, dtype=torch.bool)
-    first, _ = reader.read(keep, SPEC, 1, 0, "cond")
-    assert reader.read(keep, SPEC, 1, 0, "cond")[0] is first
-    reader.forget()
     keep[0, 7] = False
-    assert torch.equal(reader.read(keep, SPEC, 1, 0, "uncond")[0], ~keep)
+    first, _ = reader.read(keep, SPEC, 1, "cond")
+    assert reader.read(keep.view(1, 8), SPEC, 1, "cond")[0] is first
+    reader.end_forward()
+    keep[0, 6] = False
+    second, _ = reader.read(keep, SPEC, 1, "cond")
+    assert torch.equal(second, ~keep)
+    source = torch.ones(3)
+    reader.end_forward()
+    third, _ = reader.read(keep.clone(), SPEC, 1, "cond", source)
+    reader.end_forward()
+    assert reader.read(keep.clone(), SPEC, 1, "cond", source)[0] is third
+    reader.end_forward()
+    assert reader.read(keep.clone(), SPEC, 1, "uncond", source)[0] is not third
+    source.add_(1)
+    reader.end_forward()
+    assert reader.read(keep.clone(), SPEC, 1, "cond", source)[0] is not third
+
+
+def test_padding_is_the_same_tensor_at_every_step():
+    pipe = tiny.pipeline("hunyuan_video")
+    recorder = tiny.Recorder()
+    pipe.enable_sparse_attention(recorder, schedule=tiny.EVERY_STEP)
+    tiny.run(pipe)
+    paddings = {id(call.key_padding) for call in recorder.calls}
+    assert len(recorder.calls) == 6 and len(paddings) == 1 and recorder.calls[0].key_padding.sum() == 3
 
 
 def test_hunyuan_video_padding_is_not_attended_to():

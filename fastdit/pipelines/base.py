@@ -21,6 +21,8 @@ class ModelFamily(ABC):
     """Names of the transformer classes; subclasses of them are known too."""
     text: ClassVar[Literal["none", "first", "last"]] = "none"
     """Where text sits in the sequence of a self-attention call: the tokens that are not video."""
+    mask_argument: ClassVar[str | None] = None
+    """The argument of the forward that the model makes its self-attention mask from, if it makes one."""
 
     @abstractmethod
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:

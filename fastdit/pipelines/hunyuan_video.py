@@ -18,6 +18,7 @@ class HunyuanVideo(ModelFamily):
     name = "hunyuan_video"
     transformers = ("HunyuanVideoTransformer3DModel",)
     text = "last"
+    mask_argument = "encoder_attention_mask"
 
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
         """List ``attn`` of every two-stream block, then of every one-stream block.

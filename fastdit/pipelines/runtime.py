@@ -51,11 +51,13 @@ class Forward:
         grid: The video tokens, or the reason why they are unknown.
         calls: Attention calls that each layer makes in it.
         reached: Attention calls so far, per layer.
+        mask_source: The argument that the model makes its attention mask from, if there is one.
     """
 
     grid: VideoGrid | str
     calls: int
     reached: list[int]
+    mask_source: Any = None
     specs: dict[int, TokenSpec | str] = field(default_factory=dict)
 
 
@@ -133,7 +135,7 @@ class Layer:
         if isinstance(tokens, str):
             return tokens
         tracker = runtime.tracker
-        padding, objection = runtime.padding.read(mask, tokens, q.shape[0], tracker.run, tracker.branch)
+        padding, objection = runtime.padding.read(mask, tokens, q.shape[0], tracker.branch, forward.mask_source)
         if objection is not None:
             return objection
         return AttentionCall(
@@ -231,9 +233,11 @@ class Runtime:
             arguments: The arguments of its forward, by name.
         """
         self.tracker.begin(arguments.get("timestep"))
-        self.padding.forget()
-        grid = self.family.grid(transformer, arguments)
-        self.forward = Forward(grid, self.family.calls(arguments), [0] * len(self.layers))
+        self.padding.end_forward()
+        family = self.family
+        source = None if family.mask_argument is None else arguments.get(family.mask_argument)
+        grid = family.grid(transformer, arguments)
+        self.forward = Forward(grid, family.calls(arguments), [0] * len(self.layers), source)
 
     def end(self) -> None:
         """Take note that the forward pass has ended; after the first, check that every layer took part.
@@ -242,7 +246,7 @@ class Runtime:
             RuntimeError: A layer made fewer attention calls than it should.
         """
         forward = self.forward
-        self.padding.forget()
+        self.padding.end_forward()
         if self.complete or forward is None:
             return
         missing = [self.layers[i].name for i, reached in enumerate(forward.reached) if reached < forward.calls]
@@ -294,6 +298,6 @@ class Runtime:
     def release(self) -> None:
         """Drop patterns and memory, and keep the counts."""
         self.cache.clear()
-        self.padding.forget()
+        self.padding.clear()
         for layer in self.layers:
             layer.memories.clear()

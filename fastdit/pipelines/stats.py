@@ -32,6 +32,8 @@ class Stopwatch:
             result = run()
             self._seconds += time.perf_counter() - start
             return result
+        if torch.cuda.is_current_stream_capturing():
+            return run()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         result = run()
