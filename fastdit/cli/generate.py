@@ -179,7 +179,7 @@ def generate(
         },
         kernel=kernel,
     )
-    team = Team()
+    team = Team(device)
     device = models.choose_device((team.device or device) if device in ("auto", "cuda") else device)
     models.check_offload(offload, device)
     weights = models.choose_dtype(dtype, device)

@@ -104,14 +104,20 @@ def _file_names(prompts: list[str]) -> list[str]:
 
 
 class Team:
-    """Divide work among the processes of ``accelerate launch``; alone, one process does it all."""
+    """Divide work among the processes of ``accelerate launch``; alone, one process does it all.
 
-    def __init__(self) -> None:
+    Args:
+        device: What the user asked for.
+    """
+
+    def __init__(self, device: str) -> None:
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
             from accelerate import PartialState
 
-            self._state = PartialState()
+            # without being told so, accelerate takes processes without an accelerator for single ones
+            self._state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
 
     @property
     def is_first(self) -> bool:

@@ -1,0 +1,77 @@
+"""The command line in processes of its own: exit codes, pure stdout, Ctrl-C, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cli_runs import ENVIRONMENT, listing, small, spawn
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path):
+    done = spawn(*small("a cat", "-o", "cat.mp4", "--compare", "--json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["clips"][0]["file"] == "cat.mp4"
+    assert "denoising dense took" in done.stderr and "it/s" not in done.stderr and "Warning" not in done.stderr
+    assert listing(tmp_path) == ["cat.compare.mp4", "cat.dense.mp4", "cat.mp4"]
+
+
+def test_an_error_is_one_line_and_no_traceback(tmp_path):
+    done = spawn(*small("a cat", "--method", "drft"), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown method 'drft'") and done.stderr.count("\n") == 1
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_while_denoising(tmp_path):
+    arguments = small("a cat", "--steps", 100_000, "-o", "cat.mp4")
+    command = [sys.executable, "-m", "fastdit", *arguments]
+    environment = {**os.environ, **ENVIRONMENT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        for line in process.stderr:
+            if line.startswith("encoding took"):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == ""
+    assert err == "error: interrupted; no half-written file was left behind\n"
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_processes_divide_the_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
+    (tmp_path / "out").mkdir()
+    arguments = small("--prompts", "prompts.txt", "-o", "out", "--report", "r.json", "--json", "--method", "radial")
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "fastdit")
+    done = spawn(*arguments, cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert [clip["prompt"] for clip in value["clips"]] == ["a cat", "a dog", "a bird"]
+    assert listing(tmp_path / "out") == ["a-bird.mp4", "a-cat.mp4", "a-dog.mp4"]
+    assert json.loads((tmp_path / "r.json").read_text()) == value
+    assert done.stderr.count("loading took") == 1
+
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert spawn(*small("a bird", "-o", alone, "--method", "radial"), cwd=tmp_path).returncode == 0
+    assert (alone / "a-bird.mp4").read_bytes() == (tmp_path / "out" / "a-bird.mp4").read_bytes()
+
+
+@pytest.mark.slow
+def test_more_processes_than_prompts(tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "fastdit")
+    done = spawn(*small("a cat", "-o", "cat.mp4"), cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert listing(tmp_path) == ["cat.mp4"] and done.stdout.count("end to end") == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer(tmp_path):
+    done = spawn(*small("a cat", "-o", "cat.mp4", "--compile", "--json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["compile"] is True
