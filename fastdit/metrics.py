@@ -50,7 +50,7 @@ def recall(
                 f"its third axis must be in [{(num - 1) * block + 1}, {num * block}]"
             )
     batch, heads, num_queries, head_dim = q.shape
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     k = k.float()
     kept_keys = blocks.repeat_interleave(block_k, -1)[..., : k.shape[2]]
     real_keys = _real(lengths_k, block_k, k)

@@ -23,7 +23,13 @@ Entry = TypeVar("Entry")
 
 @dataclass
 class PatternCache:
-    """Keep what depends on nothing but the make-up of the tokens, such as static patterns: the latest 32 of them."""
+    """Keep what depends on nothing but the make-up of the tokens, such as static patterns: the latest 32 of them.
+
+    Args:
+        entries: What is kept, by key, the latest last.
+        shortened: Masks without padded keys, by the identity of their pattern, for one forward pass.
+        padding: The padding they are for, ``(B, S)`` bool.
+    """
 
     entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
     shortened: dict[int, tuple[Pattern, BlockMask]] = field(default_factory=dict)

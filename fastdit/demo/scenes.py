@@ -52,10 +52,10 @@ class Scene:
         ink = np.array(OBJECT_COLORS[self.shown.color or "red"], np.float32)
         center, radius = self.center[frames], self.radius[frames]
         clip = np.empty((len(center), *ground.shape), np.float32)
-        for frame, (cx, cy), r in zip(clip, center, radius, strict=True):
+        for index, ((cx, cy), r) in enumerate(zip(center, radius, strict=True)):
             distance = _distance(self.shown.shape, x - np.float32(cx), y - np.float32(cy), r)
             cover = np.clip(0.5 - distance * min(height, width), 0.0, 1.0)
-            frame[:] = ground + cover[..., None] * (ink - ground)
+            clip[index] = ground + cover[..., None] * (ink - ground)
         return np.rint(clip * 255.0).astype(np.uint8)
 
 

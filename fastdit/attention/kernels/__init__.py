@@ -190,6 +190,6 @@ def needs_grad(*tensors: Tensor) -> bool:
     """Say whether autograd will want a gradient of any of these tensors.
 
     Args:
-        *tensors: Any tensors.
+        *tensors: ``(...)``, of any shape and dtype.
     """
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
