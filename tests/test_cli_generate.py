@@ -66,10 +66,20 @@ def test_a_video_is_what_the_pipeline_makes(tmp_path, written):
     assert value["method"] == "draft" and value["method_fields"] == {"density": 0.3, "tile": [1, 2, 2]}
     assert value["steps"] == 3 and value["sparse_steps"] == [1, 2] and value["seed"] == 7
     assert 0.25 < value["density"] < 0.45
+    assert value["sparse_call_density"] == pytest.approx(value["density"])
     assert value["overall_density"] == pytest.approx((1 + 2 * value["density"]) / 3)
     assert value["seconds"] > value["sparse_steps_seconds"] > 0 and value["attention_seconds"] > 0
     assert [value[name] for name in ("psnr", "ssim", "speedup", "speedup_attention")] == [None] * 4
     assert value["device"].startswith("cpu") and value["dtype"] == "float32"
+
+
+def test_dense_layers_count_in_the_density_of_the_sparse_steps(tmp_path):
+    schedule = ("--warmup-steps", 1, "--tail-steps", 1, "--dense-layers", "0,-1")
+    value = run_json(*small("a cat", *DRAFT, *schedule, "-o", tmp_path / "cat.mp4"))
+    assert value["sparse_steps"] == [1] and value["schedule"]["dense_layers"] == [0, -1]
+    assert value["density"] == pytest.approx((2 + 4 * value["sparse_call_density"]) / 6)
+    assert value["overall_density"] == pytest.approx((2 + value["density"]) / 3)
+    assert value["sparse_call_density"] < 0.45
 
 
 def test_compare_makes_the_dense_video_too(tmp_path, written):

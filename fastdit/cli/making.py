@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,8 +114,9 @@ class Studio:
             "height": sparse.frames.shape[1],
             "width": sparse.frames.shape[2],
             "fps": self.fps,
-            "density": handle.density,
+            "density": _density_of(steps, len(sparse.steps), handle.overall_density),
             "overall_density": handle.overall_density,
+            "sparse_call_density": handle.density,
             **_times(sparse, steps),
             "attention_seconds": handle.attention_seconds,
             "psnr": None,
@@ -124,15 +126,15 @@ class Studio:
             **{f"dense_{name}": None for name in (*_times(sparse, steps), "attention_seconds")},
             "attention": {name: value for name, value in handle.report().items() if name in ("totals", "layers")},
         }
-        self._write(sparse.frames, job.output)
+        self._write("writing sparse" if compare else "writing", sparse.frames, job.output)
         if compare:
             handle = DENSE.enable(self.pipeline)
             dense = self._run(job, "dense")
             times = {**_times(dense, steps), "attention_seconds": handle.attention_seconds}
             found |= {f"dense_{name}": value for name, value in times.items()}
             found |= _distance(sparse.frames, dense.frames)
-            self._write(dense.frames, job.dense_output)
-            self._write(side_by_side(dense.frames, sparse.frames), job.pair_output)
+            self._write("writing dense", dense.frames, job.dense_output)
+            self._write("writing both", side_by_side(dense.frames, sparse.frames), job.pair_output)
             found |= {"dense_file": str(job.dense_output), "compare_file": str(job.pair_output)}
         return found
 
@@ -151,8 +153,8 @@ class Studio:
             bar.advance()
         bar.finish()
 
-    def _write(self, frames: np.ndarray, path: Any) -> None:
-        bar = self.screen.start("writing", len(frames))
+    def _write(self, name: str, frames: np.ndarray, path: Path) -> None:
+        bar = self.screen.start(name, len(frames))
         write_video(frames, path, fps=self.fps, advance=bar.advance)
         bar.finish()
         self.screen.note(f"wrote {path}")
@@ -191,6 +193,11 @@ def _distance(video: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         "psnr": decibels(float(metrics.psnr(a, b))),
         "ssim": None if small else float(metrics.ssim(a, b)),
     }
+
+
+def _density_of(steps: list[int], num_steps: int, overall: float | None) -> float | None:
+    # every step makes the same calls, so what is left out overall is left out in these steps
+    return None if overall is None or not steps else 1 - (1 - overall) * num_steps / len(steps)
 
 
 def _sparse_steps(handle: SparseAttention, num_steps: int) -> list[int]:

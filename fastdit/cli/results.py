@@ -76,6 +76,8 @@ def summarize(clips: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, A
 
     Returns:
         What ``--json`` and ``--report`` write. Seconds are sums, densities means; what was not measured is ``None``.
+        ``density`` is that of the sparse steps, dense layers included; ``overall_density`` that of all steps;
+        ``sparse_call_density`` that of the calls that ran sparse.
     """
 
     def total(name: str) -> float | None:
@@ -90,6 +92,7 @@ def summarize(clips: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, A
         "method": shared.pop("method"),
         "density": _mean([clip["density"] for clip in clips]),
         "overall_density": _mean([clip["overall_density"] for clip in clips]),
+        "sparse_call_density": _mean([clip["sparse_call_density"] for clip in clips]),
         "seconds": seconds,
         "seconds_cover": COVERS,
         "speedup": ratio(total("dense_seconds"), seconds),
@@ -127,9 +130,11 @@ def tables(report: dict[str, Any]) -> list[Table]:
         row(name, sparse, dense, number(report[speedup], "{:.2f}x"))
 
     count, steps = len(report["sparse_steps"]), report["steps"]
-    row(f"density, {count} sparse steps", number(report["density"], "{:.3f}"), "1")
-    row(f"density, all {steps} steps", number(report["overall_density"], "{:.3f}"), "1")
-    times(f"time, {count} sparse steps", "sparse_steps_seconds", "speedup_sparse_steps")
+    if report["density"] is not None and abs(report["density"] - report["sparse_call_density"]) > 0.0005:
+        row("density, sparse layers", number(report["sparse_call_density"], "{:.3f}"), "1")
+    row(f"density, sparse steps ({count})", number(report["density"], "{:.3f}"), "1")
+    row(f"density, all steps ({steps})", number(report["overall_density"], "{:.3f}"), "1")
+    times(f"time, sparse steps ({count})", "sparse_steps_seconds", "speedup_sparse_steps")
     times("time, attention", "attention_seconds", "speedup_attention")
     times("time, end to end", "seconds", "speedup")
     if compared:
