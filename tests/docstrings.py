@@ -132,7 +132,7 @@ def compare(
 def parameters(node: Function) -> dict[str, ast.arg]:
     arguments = node.args
     named = [*arguments.posonlyargs, *arguments.args]
-    out = {a.arg: a for a in named if a.arg not in ("self", "cls")}
+    out = {a.arg: a for a in named if a.arg not in ("self", "cls") or a.annotation is not None}
     if arguments.vararg:
         out[f"*{arguments.vararg.arg}"] = arguments.vararg
     out |= {a.arg: a for a in arguments.kwonlyargs}

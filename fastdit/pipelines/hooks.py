@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +45,7 @@ def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> No
 
 
 @contextmanager
-def cache_context(transformer: Module, name: str, **kwargs: Any):
+def cache_context(transformer: Module, name: str, **kwargs: Any) -> Iterator[None]:
     """Listen to what a pipeline says about the forward pass, and let diffusers hear it too.
 
     Args:

@@ -78,7 +78,16 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, mask, layer, scale, backend, heads_first):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    scale: float | None,
+    backend: str | None,
+    heads_first: bool,
+) -> Tensor:
     return torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
 
 
@@ -143,7 +152,14 @@ def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
 
 
 def _sdpa_shim(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     obstacle = _obstacle(attn_mask, dropout_p, is_causal, enable_gqa, {})
     processor = _CURRENT.processor

@@ -52,6 +52,7 @@ class Forward:
         calls: Attention calls that each layer makes in it.
         reached: Attention calls so far, per layer.
         mask_source: The argument that the model makes its attention mask from, if there is one.
+        specs: What a sequence is made up of, or why that is unknown, by its length.
     """
 
     grid: VideoGrid | str
@@ -63,7 +64,14 @@ class Forward:
 
 @dataclass
 class Memory:
-    """Hold a method's state for one layer, guidance pass and sample group, and what it was made for."""
+    """Hold a method's state for one layer, guidance pass and sample group, and what it was made for.
+
+    Args:
+        state: What the method remembers.
+        run: Number of the video.
+        shape: Shape and device of the queries, and the make-up of the tokens.
+        step: The denoising step of the latest call, -1 before the first.
+    """
 
     state: MethodState
     run: int
@@ -171,6 +179,9 @@ class Layer:
         Args:
             stock: The call.
             device: Where it computes.
+
+        Returns:
+            What the call returns: ``(B, H, S, D)`` or ``(B, S, H, D)``, as the model has it.
         """
         return self.stats.dense_time.time(device, stock)
 

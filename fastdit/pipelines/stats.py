@@ -26,6 +26,9 @@ class Stopwatch:
         Args:
             device: Where it computes.
             run: The function.
+
+        Returns:
+            What the function returns, ``(...)``.
         """
         if device.type != "cuda":
             start = time.perf_counter()
