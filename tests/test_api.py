@@ -43,8 +43,8 @@ def test_attached_to_pipelines_and_usable_by_any_of_them():
 
 def test_attached_when_fastdit_comes_first():
     code = (
-        "import sys, fastdit; assert 'torch' not in sys.modules; import diffusers; from diffusers import WanPipeline;"
-        "assert WanPipeline.enable_sparse_attention and WanPipeline.sparse_attention;"
+        "import sys, fastdit; assert 'torch' not in sys.modules; from diffusers import DiffusionPipeline as Pipe;"
+        "assert Pipe.enable_sparse_attention and Pipe.disable_sparse_attention and Pipe.sparse_attention;"
         "assert not any(type(finder).__module__ == 'fastdit.attach' for finder in sys.meta_path)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

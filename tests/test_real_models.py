@@ -31,13 +31,14 @@ MODELS = {
 }
 
 
-def random_weights(model, dtype):
-    """Fill every parameter from one short strip of noise: drawing billions of numbers would take minutes."""
-    strip = torch.randn(1 << 16) * 0.02
+def random_weights(model):
+    """Fill all parameters of one shape with the same noise, so that a model takes the memory of a few layers."""
+    noise = {}
     for module in model.modules():
         for name, empty in list(module.named_parameters(recurse=False)):
-            noise = strip.repeat(empty.numel() // strip.numel() + 1)[: empty.numel()].view(empty.shape)
-            module.register_parameter(name, torch.nn.Parameter(noise.to(dtype), requires_grad=False))
+            if empty.shape not in noise:
+                noise[empty.shape] = torch.nn.Parameter(torch.randn(empty.shape) * 0.02, requires_grad=False)
+            module.register_parameter(name, noise[empty.shape])
     return model.eval()
 
 
@@ -48,7 +49,7 @@ def test_every_layer_runs_sparse(name):
     cls, config, shapes, text = MODELS[name]
     with accelerate.init_empty_weights(include_buffers=False):
         model = getattr(diffusers, cls)(**config)
-    random_weights(model, torch.float32)
+    random_weights(model)
     handle = fastdit.enable_sparse_attention(model, "draft", density=0.25, tile=(1, 4, 4))
     with torch.no_grad():
         out = model(timestep=torch.tensor([500.0]), **{key: torch.randn(shape) for key, shape in shapes.items()}).sample

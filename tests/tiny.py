@@ -250,7 +250,8 @@ def pipeline(kind: str, seed: int = 0, scheduler=None, **changes):
 def run(pipe, steps: int = 3, size: tuple[int, int, int] | None = None, guidance: float = 5.0, **changes):
     """Make a latent video of ``(frames, height, width)`` pixels."""
     noise = torch.Generator().manual_seed(7)
-    frames, height, width = size or ((9, 32, 32) if type(pipe).__name__ == "LTXPipeline" else (9, 128, 128))
+    small = {"LTXPipeline": (9, 32, 32), "WanImageToVideoPipeline": (9, 64, 64), "WanVACEPipeline": (9, 64, 64)}
+    frames, height, width = size or small.get(type(pipe).__name__, (9, 128, 128))
 
     def randn(*shape):
         return torch.randn(*shape, generator=noise)
