@@ -29,6 +29,8 @@ def export_weights(work: Path, output: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         folder = Path(temporary) / "weights"
         pipeline.save_pretrained(folder, safe_serialization=True)
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if size > MAX_BYTES:
             raise ValueError(f"the demo may take {MAX_BYTES} bytes, got {size}; make it smaller")

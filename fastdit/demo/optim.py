@@ -96,7 +96,7 @@ def build_optimizer(model: nn.Module, muon_lr: float, adam_lr: float) -> MuonAda
     return MuonAdam(matrices, others, muon_lr, adam_lr)
 
 
-def lr_factor(step: int, total: int, warmup: int = 30, decay: float = 0.35) -> float:
+def lr_factor(step: int, total: int, warmup: int = 30, decay: float = 0.3) -> float:
     """Return the learning-rate factor: linear warm-up, flat, linear decay to 0.02 at ``total``."""
     left = max(total - step, 0) / max(decay * total, 1.0)
     return min((step + 1) / warmup, 1.0, 0.02 + 0.98 * min(left, 1.0))

@@ -19,17 +19,19 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor, nn
 
 TEXT_TOKENS = 16
+PLACE_LAYER = 2
 
 
 @dataclass(frozen=True)
 class Subset:
     """A kind of subset: one token per cell of ``stride``, and, if given, a dense ``window``.
 
-    Both are (frames, height, width) in tokens.
+    Both are (frames, height, width) in tokens. ``first_frames`` leaves out all later frames.
     """
 
     stride: tuple[int, int, int]
     window: tuple[int, int, int] | None = None
+    first_frames: int | None = None
 
     def draw(self, grid: tuple[int, int, int], generator: torch.Generator) -> Tensor:
         """Return the places ``(N, 3)`` int64 (frame, row, column) of the chosen tokens."""
@@ -42,7 +44,7 @@ class Subset:
                 start = int(torch.randint(max(n - w, 0) + 1, (), generator=generator))
                 corner.append(slice(start, start + w))
             chosen[tuple(corner)] = True
-        return chosen.nonzero()
+        return chosen[: self.first_frames].nonzero()
 
 
 def _strided(length: int, stride: int, generator: torch.Generator) -> Tensor:
@@ -166,6 +168,7 @@ class SubsetModel:
         self.transformer = transformer
         self.rope = PlacedRope(transformer.rope)
         self.processor = PaddedTextProcessor()
+        self.hidden: Tensor | None = None
         transformer.rope = self.rope
         for block in transformer.blocks:
             block.attn1.set_processor(ComplexRopeProcessor())
@@ -185,10 +188,33 @@ class SubsetModel:
             ``(B, C, N)``.
         """
         self.rope.places = places
+        hook = self.transformer.blocks[PLACE_LAYER].register_forward_hook(self._keep)
         self.processor.repeats = text_length - text.shape[1] + 1
         video = tokens[:, :, None, None, :]
         out = self.transformer(video, sigma * 1000.0, text, return_dict=False)[0]
+        hook.remove()
         return out[:, :, 0, 0]
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.hidden = output
+
+    def place_loss(self, places: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Return how badly the last call's tokens know where they are.
+
+        Three channels of the normalised third layer's output are asked to be frame, row and column.
+
+        Args:
+            places: ``(N, 3)`` int64.
+            grid: Frames, rows and columns of the whole grid.
+
+        Returns:
+            Mean squared error ``()``, of places scaled to [-1.7, 1.7].
+        """
+        assert self.hidden is not None
+        told = F.layer_norm(self.hidden, self.hidden.shape[-1:])[..., :3]
+        last = torch.tensor(grid, device=places.device) - 1
+        wanted = (places / last * 2.0 - 1.0) * 3.0**0.5
+        return F.mse_loss(told, wanted.expand_as(told))
 
 
 def gather_tokens(latents: Tensor, places: Tensor) -> Tensor:
