@@ -32,11 +32,14 @@ class Installation:
         self.replaced = replaced
         self.handles = handles
         self.parameters = parameters
+        self.listener: Any = None
         self.owner: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
         copies = (copy.deepcopy(value, memo) for value in (self.runtime, self.replaced, self.handles))
-        return Installation(*copies, list(self.parameters))
+        copied = Installation(*copies, list(self.parameters))
+        copied.listener = self.listener
+        return copied
 
     def __reduce__(self) -> Any:
         return _nothing, ()
@@ -101,6 +104,7 @@ def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Modu
     installation = Installation(runtime, replaced, handles, parameters)
     transformer.__dict__[ATTRIBUTE] = installation
     if hasattr(transformer, "cache_context"):
+        installation.listener = cache_context
         transformer.__dict__["cache_context"] = types.MethodType(cache_context, transformer)
     return installation
 
@@ -116,7 +120,9 @@ def uninstall(transformer: Module) -> None:
         return
     for handle in installation.handles:
         handle.remove()
-    transformer.__dict__.pop("cache_context", None)
+    listener = transformer.__dict__.get("cache_context")
+    if getattr(listener, "__func__", None) is installation.listener:
+        del transformer.__dict__["cache_context"]
     for module, stock, rebound in installation.replaced:
         if module.processor is rebound:
             stock.__dict__.update(stock_attributes(rebound))
