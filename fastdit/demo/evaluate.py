@@ -82,6 +82,11 @@ def evaluate(
             )
             if on_clip:
                 on_clip(clips[-1], frames)
+    return summarize(clips)
+
+
+def summarize(clips: list[dict]) -> dict:
+    """Return ``clips`` with their mean ``accuracy`` per field and mean ``seconds``."""
     accuracy = {f: float(np.mean([clip["right"][f] for clip in clips])) for f in FIELDS}
     mean = float(np.mean([clip["seconds"] for clip in clips]))
     return {"accuracy": accuracy, "seconds": round(mean, 2), "clips": clips}
@@ -107,7 +112,8 @@ def main(
 ) -> None:
     """Make clips of captions that the demo was not trained on, and count what they get right.
 
-    Writes ``evaluation.json`` and ``contact_sheet.png`` (one row per clip of the first seed).
+    Writes ``evaluation.json``, brought up to date after every clip, and
+    ``contact_sheet.png`` (one row per clip of the first seed).
     """
     import imageio.v3 as iio
     import torch
@@ -119,10 +125,13 @@ def main(
         torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[np.ndarray] = []
+    done: list[dict] = []
 
     def on_clip(clip: dict, frames: np.ndarray) -> None:
         wrong = [name for name in FIELDS[:4] if not clip["right"][name]]
         logger.info("%s, seed %d: %s", clip["caption"], clip["seed"], f"wrong {wrong}" if wrong else "right")
+        done.append(clip)
+        (output / "evaluation.json").write_text(json.dumps(summarize(done), indent=1))
         if clip["seed"] == 0:
             rows.append(contact_row(frames))
             half = -(-len(rows) // 2) if len(rows) > 12 else len(rows)
@@ -132,7 +141,6 @@ def main(
             iio.imwrite(output / "contact_sheet.png", np.concatenate(columns, axis=1))
 
     result = evaluate(load_pipeline(device=device), HELD_OUT_CAPTIONS[:captions], seeds, steps, guidance, on_clip)
-    (output / "evaluation.json").write_text(json.dumps(result, indent=1))
     table = Table("", *FIELDS, title=f"{captions} held-out captions x {seeds} seeds")
     table.add_row("accuracy", *(f"{result['accuracy'][f]:.3f}" for f in FIELDS))
     Console().print(table)

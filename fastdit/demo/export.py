@@ -29,6 +29,7 @@ def export_weights(work: Path, output: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         folder = Path(temporary) / "weights"
         pipeline.save_pretrained(folder, safe_serialization=True)
+        _name_tokenizer(folder)
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -37,6 +38,12 @@ def export_weights(work: Path, output: Path | None = None) -> Path:
         shutil.rmtree(output, ignore_errors=True)
         shutil.move(folder, output)
     return output
+
+
+def _name_tokenizer(folder: Path) -> None:
+    """Write the tokenizer's class by the name that every version of transformers knows."""
+    for file in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 def plot_training(work: Path, output: Path) -> None:
