@@ -1,4 +1,4 @@
-"""The command line in processes of its own: exit codes, pure stdout, Ctrl-C, several processes."""
+"""The command line in processes of its own: exit codes, pure stdout, signals, several processes."""
 
 import json
 import os
@@ -26,7 +26,15 @@ def test_an_error_is_one_line_and_no_traceback(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-def test_ctrl_c_while_denoising(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "error: interrupted; no half-written file was left behind\n"),
+        pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.slow),
+    ],
+    ids=["ctrl-c", "terminated"],
+)
+def test_stopped_while_denoising(tmp_path, number, code, message):
     arguments = small("a cat", "--steps", 100_000, "-o", "cat.mp4")
     command = [sys.executable, "-m", "fastdit", *arguments]
     environment = {**os.environ, **ENVIRONMENT}
@@ -35,10 +43,9 @@ def test_ctrl_c_while_denoising(tmp_path):
         for line in process.stderr:
             if line.startswith("encoding took"):
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and out == ""
-    assert err == "error: interrupted; no half-written file was left behind\n"
+    assert (process.returncode, out, err) == (code, "", message)
     assert listing(tmp_path) == []
 
 

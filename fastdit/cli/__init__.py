@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -42,8 +43,15 @@ def _top(
         typer.echo(context.get_help())
 
 
+def _stop(number: int, frame: object) -> None:
+    # leaving through an exception lets unfinished files be removed
+    raise SystemExit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 for success, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
+    """Run the command line and exit.
+
+    Codes are 0 for success, 1 for a failure, 2 for bad input, 130 for Ctrl-C and 143 for being terminated.
 
     Args:
         arguments: What comes after ``fastdit``; default ``sys.argv[1:]``.
@@ -51,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always.
     """
+    signal.signal(signal.SIGTERM, _stop)
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="fastdit", standalone_mode=False)
     except KeyboardInterrupt:
