@@ -123,6 +123,15 @@ def test_the_table_and_the_files_are_shown(tmp_path):
         assert f"wrote {tmp_path / name}" in result.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="nobody tells the load here")
+def test_times_on_a_busy_machine_are_called_into_question(tmp_path, monkeypatch):
+    arguments = small("a cat", "-o", tmp_path / "cat.mp4", "--compare", "--device", "cpu")
+    for load, warned in ((os.cpu_count() + 2.0, True), (float(os.cpu_count()), False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert ("other programs were running" in run(*arguments).stderr) is warned
+    assert run_json(*arguments)["clips"][0]["dense_load_average"] == os.cpu_count()
+
+
 def test_quiet_shows_nothing(tmp_path):
     result = run(*small("a cat", "-o", tmp_path / "cat.mp4", "--quiet"))
     assert result.exit_code == 0 and result.output == ""

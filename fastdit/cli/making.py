@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..api import SparseAttention
 
 FPS = 16.0
+BUSY = 0.75
+"""By how much the load may exceed the number of cores before times are called into question."""
 DENSE = Settings(method="dense")
 ALL_SPARSE = {"warmup_steps": 0, "tail_steps": 0}
 
@@ -136,7 +139,17 @@ class Studio:
             self._write("writing dense", dense.frames, job.dense_output)
             self._write("writing both", side_by_side(dense.frames, sparse.frames), job.pair_output)
             found |= {"dense_file": str(job.dense_output), "compare_file": str(job.pair_output)}
+            self._warn_if_busy(sparse, dense)
         return found
+
+    def _warn_if_busy(self, *clips: Clip) -> None:
+        cores = os.cpu_count() or 1
+        load = max(clip.load or 0 for clip in clips)
+        if self.device == "cpu" and load > cores + BUSY:
+            self.screen.note(
+                f"warning: other programs were running (load {load:.1f} on {cores} cores), so these times say little; "
+                "run again when the machine is quiet"
+            )
 
     def _run(self, job: Job, label: str) -> Clip:
         return run_timed(self.pipeline, self._call(job), screen=self.screen, device=self.device, label=label)
@@ -182,6 +195,7 @@ def _times(clip: Clip, steps: list[int]) -> dict[str, float | None]:
         "text_encoding_seconds": clip.text_encoding,
         "denoising_seconds": clip.denoising,
         "decoding_seconds": clip.decoding,
+        "load_average": clip.load,
         "sparse_steps_seconds": clip.seconds_of(steps),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class Clip:
         steps: Each denoising step; empty if the pipeline does not tell when one ends.
         denoising: All steps together.
         decoding: From the last step to the frames.
+        load: Processes that wanted to run in the last minute, those of others included; ``None`` if nobody says.
     """
 
     frames: np.ndarray
@@ -31,6 +33,7 @@ class Clip:
     steps: tuple[float, ...]
     denoising: float
     decoding: float
+    load: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -131,4 +134,5 @@ class _Clock:
         first = self.start if self.first is None else self.first
         last = self.steps[-1] if self.steps else end
         times = tuple(b - a for a, b in zip([first, *self.steps], self.steps, strict=False))
-        return Clip(frames, first - self.start, times, last - first, end - last)
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        return Clip(frames, first - self.start, times, last - first, end - last, load)
