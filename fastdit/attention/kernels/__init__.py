@@ -12,7 +12,6 @@ import math
 from functools import cache
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ...mask import BlockMask
@@ -184,12 +183,3 @@ def _reason(name: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str 
 @cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    """Say whether autograd will want a gradient of any of these tensors.
-
-    Args:
-        *tensors: ``(...)``, of any shape and dtype.
-    """
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
