@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import typing
 from dataclasses import dataclass, field, fields, replace
@@ -134,10 +135,8 @@ def read_value(name: str, text: str, kind: Any) -> Any:
     elif kind is str:
         return text
     elif kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            pass
     raise InputError(f"{name} must be {_spell(kind)}, got {text!r}")
 
 

@@ -119,17 +119,17 @@ def _obstacle(mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool, op
 
 def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
     def dispatch_attention_fn(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-        attention_kwargs=None,
-        **options,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Tensor:
         options["attention_kwargs"] = attention_kwargs
         obstacle = _obstacle(attn_mask, dropout_p, is_causal, enable_gqa, options)
         processor = _CURRENT.processor
