@@ -62,4 +62,4 @@ def test_some_tiles_fit_any_block(capability, dtype):
 def test_best_tiles():
     assert choose_config((9, 0), 128, BF16, 128, 128) == Config(128, 64, 8, 2)
     assert choose_config((9, 0), 128, BF16, 64, 64) == Config(64, 64, 4, 2)
-    assert choose_config((8, 6), 128, BF16, 64, 64) == Config(64, 64, 8, 2)
+    assert choose_config((8, 6), 128, BF16, 64, 64) == Config(64, 32, 4, 2)

@@ -55,7 +55,7 @@ TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
     (120, 64, 16): _HALF_64,
     (120, 128, 16): _HALF_128,
     (120, 64, 32): _SINGLE_64,
-    (120, 128, 32): _SINGLE_128,
+    (120, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
 }
 
 
