@@ -29,12 +29,12 @@ class Preset:
 # Radial Attention's released scripts keep 12 of 50 steps dense and, but for HunyuanVideo, the first layer.
 _SCHEDULE = Schedule(warmup_steps=0.25, dense_layers=(0,))
 
-# Few steps and few layers: three of ten steps settle what the demo's video shows (docs/demo-model.md).
+# For ten steps and six layers; chosen on a single clip of the demo (docs/decisions.md).
 _TINY_SCHEDULE = Schedule(warmup_steps=0.3)
 
 # Family, smallest width (heads x head dim), fields of DraftAttention, schedule; the first line that fits counts. The
 # paper gives density 0.25 for Wan 2.1 14B and 0.1 for HunyuanVideo. Nothing is published for the others: smaller
-# models have fewer tokens and heads to spare and keep more. The narrowest is the demo, where we measured.
+# models have fewer tokens and heads to spare and keep more. The narrowest is the demo's.
 _TABLE: tuple[tuple[str, int, dict[str, Any], Schedule], ...] = (
     ("wan", 5120, {"density": 0.25}, _SCHEDULE),
     ("wan", 3072, {"density": 0.3}, _SCHEDULE),
