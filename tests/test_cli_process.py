@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from cli_runs import ENVIRONMENT, listing, small, spawn
@@ -39,7 +40,9 @@ def test_stopped_while_denoising(tmp_path, number, code, message):
     command = [sys.executable, "-m", "fastdit", *arguments]
     environment = {**os.environ, **ENVIRONMENT}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+    # whoever started the tests in the background had Ctrl-C ignored, and children inherit that
+    restore = partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=restore, **pipes) as process:
         for line in process.stderr:
             if line.startswith("encoding took"):
                 break
