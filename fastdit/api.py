@@ -13,7 +13,7 @@ import torch
 from torch.nn import Module
 
 from .attention import AttentionMethod, get_method
-from .attention.kernels import list_kernels
+from .attention.kernels import list_kernels, list_precisions
 from .pipelines.base import find_family
 from .pipelines.context import RunTracker
 from .pipelines.intercept import install, installed, uninstall
@@ -77,6 +77,7 @@ class SparseAttention:
             "method": {"name": self.method.name, **asdict(self.method)},
             "schedule": asdict(self.schedule),
             "kernel": self._runtimes[0].settings.kernel,
+            "precision": self._runtimes[0].settings.precision,
             "density": self.density,
             "overall_density": self.overall_density,
             "attention_seconds": self.attention_seconds,
@@ -113,6 +114,7 @@ def enable_sparse_attention(
     *,
     schedule: Schedule | None = None,
     kernel: str | None = None,
+    precision: str | None = None,
     **fields: Any,
 ) -> SparseAttention:
     """Run the video self-attention of a pipeline or transformer sparse, from its next call on.
@@ -125,10 +127,11 @@ def enable_sparse_attention(
         schedule: Which steps and layers stay dense; default: the preset's. A bare transformer does not know how many
             steps there will be, so by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
+        precision: One of ``list_precisions()``; default: that of the model.
         **fields: Fields of the method, such as ``density``.
 
     Raises:
-        ValueError: Model, method or kernel is unknown, or a value is out of range; nothing has been changed then.
+        ValueError: Model, method, kernel or precision is unknown, or a value is out of range; nothing has been changed then.
         TypeError: The method has no such field, or a method object is given together with fields.
         RuntimeError: The attention processors of the model cannot be intercepted; it runs stock then.
     """
@@ -149,12 +152,14 @@ def enable_sparse_attention(
         )
     if kernel is not None and kernel not in list_kernels():
         raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
+    if precision is not None and precision not in list_precisions():
+        raise ValueError(f"unknown precision {precision!r}; precisions are: {', '.join(list_precisions())}")
     bare = isinstance(target, Module)
     if schedule is None:
         schedule = Schedule() if bare else preset.schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastdit.Schedule, got {type(schedule).__name__}")
-    settings = Settings(method, schedule, kernel)
+    settings = Settings(method, schedule, kernel, precision)
     tracker = RunTracker(None if bare else target)
     prepared = []
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
@@ -197,6 +202,7 @@ def sparse_attention(
     *,
     schedule: Schedule | None = None,
     kernel: str | None = None,
+    precision: str | None = None,
     **fields: Any,
 ) -> Iterator[SparseAttention]:
     """Enable sparse attention for the length of a ``with`` block.
@@ -206,6 +212,7 @@ def sparse_attention(
         method: Likewise.
         schedule: Likewise.
         kernel: Likewise.
+        precision: Likewise.
         **fields: Likewise.
 
     Raises:
@@ -213,7 +220,7 @@ def sparse_attention(
         TypeError: Likewise.
         RuntimeError: Likewise.
     """
-    handle = enable_sparse_attention(target, method, schedule=schedule, kernel=kernel, **fields)
+    handle = enable_sparse_attention(target, method, schedule=schedule, kernel=kernel, precision=precision, **fields)
     try:
         yield handle
     finally:
@@ -290,13 +297,15 @@ def _layer_report(layer: Layer) -> dict[str, Any]:
         "density": _density([layer]),
         "sparse_seconds": stats.sparse_time.seconds,
         "dense_seconds": stats.dense_time.seconds,
+        "choice_seconds": stats.parts["choice"].seconds,
+        "order_seconds": stats.parts["order"].seconds,
         "dense": dict(stats.scheduled),
         "fallbacks": dict(stats.fallbacks),
     }
 
 
 def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    sums = ("calls", "sparse_calls", "sparse_seconds", "dense_seconds")
+    sums = ("calls", "sparse_calls", "sparse_seconds", "dense_seconds", "choice_seconds", "order_seconds")
     reasons = ("dense", "fallbacks")
     totals: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in sums}
     totals |= {name: dict(sum((Counter(layer[name]) for layer in layers), Counter())) for name in reasons}

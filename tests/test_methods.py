@@ -199,7 +199,9 @@ def test_head_dependent_layouts():
 def test_unknown_names_say_what_there_is():
     with pytest.raises(ValueError, match=r"unknown method 'radail' \(did you mean 'radial'\?\); methods are: dense"):
         get_method("radail")
-    with pytest.raises(TypeError, match=r"no field 'densty' \(did you mean 'density'\?\); it has: density, tile"):
+    with pytest.raises(
+        TypeError, match=r"no field 'densty' \(did you mean 'density'\?\); it has: compensate, density, tile"
+    ):
         get_method("draft", densty=0.2)
     with pytest.raises(TypeError, match="it has none"):
         get_method("dense", density=0.2)

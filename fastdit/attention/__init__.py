@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from .base import AttentionMethod, Pattern, get_method, list_methods, method_class, register
+from .base import AttentionMethod, BlockMethod, Pattern, get_method, list_methods, method_class, register
 from .state import MethodState, PatternCache
 
 METHODS = ("dense", "radial", "draft")
@@ -12,6 +12,7 @@ for _name in METHODS:
 
 __all__ = [
     "AttentionMethod",
+    "BlockMethod",
     "MethodState",
     "Pattern",
     "PatternCache",

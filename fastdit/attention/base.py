@@ -61,6 +61,40 @@ class AttentionMethod(ABC):
             state: What this layer remembers.
         """
 
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Compute the attention, and leave the fraction of pairs computed in ``state.kept``.
+
+        Args:
+            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+            k: ``(B, H, S, D)`` keys, likewise.
+            v: ``(B, H, S, D)`` values.
+            call: The call.
+            state: What this layer remembers.
+
+        Returns:
+            ``(B, H, S, D)``, in the dtype of ``q``.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMethod(AttentionMethod):
+    """Choose blocks, compute them, and stand in for the others if asked to: what nearly every method is.
+
+    Args:
+        compensate: ``"mean"`` lets each key block that is left out stand in the same softmax as its mean key, as
+            heavy as the block has keys, with its mean value (SVG-EAR, arXiv 2603.08982); ``None`` leaves it out.
+
+    Raises:
+        ValueError: ``compensate`` is something else.
+    """
+
+    compensate: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.compensate not in (None, "mean"):
+            raise ValueError(f"compensate must be 'mean' or None, got {self.compensate!r}")
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
         """Compute the attention of the pattern.
 
@@ -78,10 +112,11 @@ class AttentionMethod(ABC):
         mask = state.mask(pattern, call)
         state.kept = mask.kept
         layout = pattern.layout
+        q, k, v = state.measure("order", q.device, lambda: (layout.apply(q), layout.apply(k), layout.apply(v)))
         out, _ = block_sparse_attention(
-            layout.apply(q), layout.apply(k), layout.apply(v), mask, scale=call.scale, kernel=state.kernel
+            q, k, v, mask, scale=call.scale, kernel=state.kernel, compensate=self.compensate, precision=state.precision
         )
-        return layout.undo(out)
+        return state.measure("order", q.device, lambda: layout.undo(out))
 
 
 Method = TypeVar("Method", bound=type[AttentionMethod])

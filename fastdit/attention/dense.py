@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..layout import TokenLayout
 from ..mask import BlockMask
@@ -41,3 +42,20 @@ class Dense(AttentionMethod):
             blocks, block_q=BLOCK, block_k=BLOCK, lengths_q=lengths[None], lengths_k=lengths[None]
         )
         return Pattern(layout, mask)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Attend to everything but padding.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            v: ``(B, H, S, D)`` values.
+            call: The call.
+            state: Takes note of the density, which is 1 but for padding.
+
+        Returns:
+            ``(B, H, S, D)``, in the dtype of ``q``.
+        """
+        state.kept = torch.ones((), device=q.device)
+        allowed = None if call.key_padding is None else ~call.key_padding[:, None, None]
+        return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=call.scale)

@@ -10,14 +10,14 @@ from torch import Tensor
 from ..layout import TokenLayout, tile_order
 from ..mask import BlockMask
 from ..tokens import AttentionCall
-from .base import AttentionMethod, Pattern, check_density, register
+from .base import BlockMethod, Pattern, check_density, register
 from .select import keep_text, keep_top_fraction, pool_tiles, tile_sizes
 from .state import MethodState
 
 
 @register("draft")
 @dataclass(frozen=True, kw_only=True)
-class Draft(AttentionMethod):
+class Draft(BlockMethod):
     """Attend to the tile pairs that carry most of a low-resolution draft of the attention map.
 
     Queries and keys are averaged over tiles of the video; per head, the largest entries of the draft map as a whole
@@ -38,6 +38,7 @@ class Draft(AttentionMethod):
     tile: tuple[int, int, int] = (1, 8, 16)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_density(self.density)
         object.__setattr__(self, "tile", tuple(self.tile))
         if len(self.tile) != 3 or not all(isinstance(t, int) and t >= 1 for t in self.tile) or self.tile_tokens > 256:

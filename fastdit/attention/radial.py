@@ -12,14 +12,14 @@ from torch import Tensor
 from ..layout import TokenLayout
 from ..mask import BlockMask
 from ..tokens import AttentionCall, VideoGrid
-from .base import AttentionMethod, Pattern, check_block_size, register
+from .base import BlockMethod, Pattern, check_block_size, register
 from .select import keep_text
 from .state import MethodState
 
 
 @register("radial")
 @dataclass(frozen=True, kw_only=True)
-class Radial(AttentionMethod):
+class Radial(BlockMethod):
     """Attend fully to the same and the neighbouring frames, and in ever narrower bands to frames further away.
 
     Each doubling of the distance between two frames halves the band; where it would fall below ``min_band`` tokens,
@@ -51,6 +51,7 @@ class Radial(AttentionMethod):
     min_band: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (isinstance(self.decay, (int, float)) and 0 < self.decay < math.inf):
             raise ValueError(f"decay must be a number above 0, got {self.decay!r}; 0.2 to 1 is usual")
         check_block_size("block_size", self.block_size)

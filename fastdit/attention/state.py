@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -78,22 +79,25 @@ class MethodState:
     Args:
         cache: Static patterns, shared by all layers.
         kernel: Name of the kernel to use; ``None`` chooses.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for the precision of the inputs.
+        measure: Runs a part of a call and takes its time: name of the part (``"choice"`` of blocks, ``"order"`` of
+            tokens), device, function. The handle sets it; by default nothing is measured.
         refresh: Whether a dynamic pattern is to be rebuilt in this call. The handle sets it from the schedule.
         pattern: The dynamic pattern of the latest rebuild.
         tokens: The make-up of the tokens that it was built for.
         memory: Whatever else a method wants to keep.
         kept: Fraction of (query, key) pairs of the latest call, 0-d fp32 tensor; ``None`` before the first.
-        kernel_used: The kernel that ran the latest call.
     """
 
     cache: PatternCache = field(default_factory=PatternCache)
     kernel: str | None = None
+    precision: str | None = None
+    measure: Callable[[str, torch.device, Callable[[], Any]], Any] = lambda part, device, run: run()
     refresh: bool = True
     pattern: Pattern | None = None
     tokens: TokenSpec | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     kept: Tensor | None = None
-    kernel_used: str | None = None
 
     def resolve(self, method: AttentionMethod, q: Tensor, k: Tensor, call: AttentionCall) -> Pattern:
         """Return the pattern of a call: the cached static one, the one of an earlier step, or a new one.
@@ -106,10 +110,11 @@ class MethodState:
         """
         if method.static:
             key = (method, call.tokens, q.device)
-            return self.cache.static(key, lambda: method.pattern(q, k, call, self))
+            build = partial(self.measure, "choice", q.device, lambda: method.pattern(q, k, call, self))
+            return self.cache.static(key, build)
         if self.refresh or self.pattern is None or self.tokens != call.tokens or not _fits(self.pattern, q):
             with torch.no_grad():
-                self.pattern = method.pattern(q, k, call, self)
+                self.pattern = self.measure("choice", q.device, lambda: method.pattern(q, k, call, self))
             self.tokens = call.tokens
         return self.pattern
 

@@ -36,11 +36,13 @@ class Settings:
         method: Which blocks are computed.
         schedule: Which steps and layers stay dense.
         kernel: Name of the kernel; ``None`` chooses.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
     """
 
     method: AttentionMethod
     schedule: Schedule
     kernel: str | None = None
+    precision: str | None = None
 
 
 @dataclass
@@ -193,7 +195,13 @@ class Layer:
         shape = (q.shape, q.device, call.tokens)
         memory = self.memories.get(key)
         if memory is None:
-            state = MethodState(cache=runtime.cache, kernel=runtime.settings.kernel)
+            settings = runtime.settings
+            state = MethodState(
+                cache=runtime.cache,
+                kernel=settings.kernel,
+                precision=settings.precision,
+                measure=lambda part, device, run: self.stats.parts[part].time(device, run),
+            )
             memory = self.memories[key] = Memory(state, run, shape)
         elif memory.run != run or memory.shape != shape:
             memory.state.reset()

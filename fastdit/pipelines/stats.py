@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 MAX_PENDING = 256
+
+Result = TypeVar("Result")
 
 
 class Stopwatch:
@@ -20,7 +22,7 @@ class Stopwatch:
         self._seconds = 0.0
         self._pending: list[tuple[Any, Any]] = []
 
-    def time(self, device: torch.device, run: Callable[[], Tensor]) -> Tensor:
+    def time(self, device: torch.device, run: Callable[[], Result]) -> Result:
         """Run a function and add its time.
 
         Args:
@@ -28,7 +30,7 @@ class Stopwatch:
             run: The function.
 
         Returns:
-            What the function returns, ``(...)``.
+            What the function returns.
         """
         if device.type != "cuda":
             start = time.perf_counter()
@@ -71,6 +73,8 @@ class LayerStats:
         """Calls that should have been sparse and could not, by reason."""
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
+        self.parts: defaultdict[str, Stopwatch] = defaultdict(Stopwatch)
+        """Shares of the sparse time: ``"choice"`` of blocks and ``"order"`` of tokens."""
         self._kept: Tensor | None = None
         self._measured = 0
 

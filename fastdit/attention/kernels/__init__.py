@@ -18,11 +18,20 @@ from ...mask import BlockMask
 
 _AUTOMATIC = ("triton", "cpu")
 _ON_REQUEST = ("reference",)
+_PRECISIONS = ("int8", "int8_fp8")
 _MODULES = {"triton": "triton_attention"}
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float | None = None, kernel: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    kernel: str | None = None,
+    compensate: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of listed blocks.
 
@@ -37,6 +46,9 @@ def block_sparse_attention(
             count, but must be finite.
         scale: Softmax scale; default ``D ** -0.5``.
         kernel: One of ``list_kernels()``; default: the fastest that can run, never ``"reference"``.
+        compensate: ``"mean"``: each block that is not listed counts as one key, the mean of its real keys, with the
+            weight of as many, and with their mean value.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the inputs.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the log-sum-exp of each row in natural log,
@@ -47,6 +59,8 @@ def block_sparse_attention(
         TypeError: Dtypes differ or are not floating point.
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
+    if compensate is not None or precision is not None:
+        raise RuntimeError(f"no kernel can run with compensate={compensate!r} and precision={precision!r} yet")
     name = choose_kernel(q, k, v, mask, kernel)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; leave it out for D ** -0.5")
@@ -89,6 +103,11 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str 
 def list_kernels() -> tuple[str, ...]:
     """List the names of all kernels: those chosen automatically, best first, then those only run on request."""
     return _AUTOMATIC + _ON_REQUEST
+
+
+def list_precisions() -> tuple[str, ...]:
+    """List the low precisions that products can be computed in, the more exact first."""
+    return _PRECISIONS
 
 
 def explain_kernels(
