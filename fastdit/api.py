@@ -131,7 +131,7 @@ def enable_sparse_attention(
         **fields: Fields of the method, such as ``density``.
 
     Raises:
-        ValueError: Model, method, kernel or precision is unknown, or a value is out of range; nothing has been changed then.
+        ValueError: Model, method, kernel or precision is unknown, or a value is out of range; nothing has changed then.
         TypeError: The method has no such field, or a method object is given together with fields.
         RuntimeError: The attention processors of the model cannot be intercepted; it runs stock then.
     """

@@ -44,7 +44,8 @@ def summary(report: Mapping[str, Any], width: int = 120) -> str:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    fields = ", ".join(f"{name}={value}" for name, value in report["method"].items() if name != "name")
+    set_fields = {name: value for name, value in report["method"].items() if name != "name" and value is not None}
+    fields = ", ".join(f"{name}={value}" for name, value in set_fields.items())
     return f"Sparse attention: {report['method']['name']}" + (f" ({fields})" if fields else "")
 
 

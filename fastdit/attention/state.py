@@ -114,8 +114,9 @@ class MethodState:
             return self.cache.static(key, build)
         if self.refresh or self.pattern is None or self.tokens != call.tokens or not _fits(self.pattern, q):
             with torch.no_grad():
-                self.pattern = self.measure("choice", q.device, lambda: method.pattern(q, k, call, self))
-            self.tokens = call.tokens
+                pattern = self.measure("choice", q.device, lambda: method.pattern(q, k, call, self))
+            self.pattern, self.tokens = pattern, call.tokens
+            return pattern
         return self.pattern
 
     def mask(self, pattern: Pattern, call: AttentionCall) -> BlockMask:
