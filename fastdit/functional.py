@@ -24,6 +24,7 @@ def sparse_attention_call(
     scale: float | None = None,
     key_padding: Tensor | None = None,
     kernel: str | None = None,
+    precision: str | None = None,
     state: MethodState | None = None,
     **fields: Any,
 ) -> Tensor:
@@ -40,7 +41,8 @@ def sparse_attention_call(
         scale: Softmax scale; default ``D ** -0.5``.
         key_padding: ``(B, S)`` bool, True where a key is padding; in each sample real text comes before it.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
-        state: What the method remembers from call to call; default: nothing.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the inputs.
+        state: What the method remembers from call to call, kernel and precision included; default: nothing.
         **fields: Fields of the method, if given by name.
 
     Returns:
@@ -54,7 +56,7 @@ def sparse_attention_call(
     tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
     _check_length(tokens, q.shape[2])
     call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
-    return method.forward(q, k, v, call, MethodState(kernel=kernel) if state is None else state)
+    return method.forward(q, k, v, call, state or MethodState(kernel=kernel, precision=precision))
 
 
 def pattern(

@@ -13,6 +13,8 @@ from rich.table import Table
 def summary(report: Mapping[str, Any], width: int = 120) -> str:
     """Render the report of a ``SparseAttention`` handle as text.
 
+    Choice and order are the shares of the sparse calls' time that went into choosing blocks and reordering tokens.
+
     Args:
         report: What ``SparseAttention.report()`` returns.
         width: Columns of the text, at least 60.
@@ -23,6 +25,8 @@ def summary(report: Mapping[str, Any], width: int = 120) -> str:
     table.add_column("sparse", str(totals["sparse_calls"]), justify="right")
     table.add_column("density", _percent(report["density"]), justify="right")
     table.add_column("seconds", _seconds(totals), justify="right")
+    table.add_column("choice", _share(totals, "choice_seconds"), justify="right")
+    table.add_column("order", _share(totals, "order_seconds"), justify="right")
     table.add_column("dense", _reasons(totals["dense"]))
     table.add_column("could not run sparse", _reasons(totals["fallbacks"]))
     several = len({layer["transformer"] for layer in report["layers"]}) > 1
@@ -33,6 +37,8 @@ def summary(report: Mapping[str, Any], width: int = 120) -> str:
             str(layer["sparse_calls"]),
             _percent(layer["density"]),
             _seconds(layer),
+            _share(layer, "choice_seconds"),
+            _share(layer, "order_seconds"),
             _reasons(layer["dense"]),
             _reasons(layer["fallbacks"]),
         )
@@ -67,6 +73,10 @@ def _percent(density: float | None) -> str:
 
 def _seconds(entry: Mapping[str, Any]) -> str:
     return f"{entry['sparse_seconds'] + entry['dense_seconds']:.2f}"
+
+
+def _share(entry: Mapping[str, Any], part: str) -> str:
+    return f"{entry[part] / entry['sparse_seconds']:.1%}" if entry["sparse_seconds"] else "-"
 
 
 def _reasons(reasons: Mapping[str, int]) -> str:

@@ -34,7 +34,7 @@ def read(path):
 
 
 def settings(**changes):
-    empty = {"method": None, "density": None, "assignments": [], "schedule": {}, "kernel": None}
+    empty = {"method": None, "density": None, "assignments": [], "schedule": {}, "kernel": None, "precision": None}
     return read_settings(**{**empty, **changes})
 
 

@@ -267,6 +267,24 @@ def test_call_outside_of_a_forward_stays_stock_and_says_so():
             assert torch.equal(model.blocks[0].attn1(hidden), expected)
 
 
+def test_mixed_dtypes_are_left_to_the_stock_call():
+    model = tiny.transformer("wan")
+    handle = fastdit.enable_sparse_attention(model, **tiny.DRAFT)
+    model.blocks[1].attn1.to_v.register_forward_hook(lambda module, args, out: out.double())
+    with (
+        torch.no_grad(),
+        pytest.warns(
+            UserWarning, match="of different kinds: torch.float32 on cpu, torch.float32 on cpu, torch.float64"
+        ),
+        pytest.raises(RuntimeError, match="dtype"),
+    ):
+        model(**tiny.arguments("wan"))
+    assert handle.report()["layers"][1]["fallbacks"].keys() == {
+        "queries, keys and values are of different kinds: torch.float32 on cpu, torch.float32 on cpu, "
+        "torch.float64 on cpu"
+    }
+
+
 def test_warning_comes_once(recwarn):
     model = tiny.transformer("ltx")
     arguments = tiny.arguments("ltx") | {"num_frames": None, "video_coords": torch.rand(1, 3, 192)}

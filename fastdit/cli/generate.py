@@ -82,6 +82,10 @@ def generate(
         str | None,
         typer.Option(help="What computes the blocks; see fastdit info.", rich_help_panel=SPARSE, show_default=False),
     ] = None,
+    precision: Annotated[
+        Literal["int8", "int8_fp8"] | None,
+        typer.Option(help="Products in low precision.", rich_help_panel=SPARSE, show_default=False),
+    ] = None,
     height: Annotated[
         int | None, typer.Option(min=1, help="Pixels.", rich_help_panel=VIDEO, show_default=False)
     ] = None,
@@ -178,6 +182,7 @@ def generate(
             "refresh_steps": refresh_steps,
         },
         kernel=kernel,
+        precision=precision,
     )
     team = Team(device)
     device = models.choose_device((team.device or device) if device in ("auto", "cuda") else device)

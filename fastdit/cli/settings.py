@@ -23,12 +23,14 @@ class Settings:
         fields: Fields of the method.
         schedule: Fields of ``Schedule`` that differ from the model's own.
         kernel: Name of a kernel; ``None`` chooses.
+        precision: Low precision of products; ``None`` for that of the model.
     """
 
     method: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     kernel: str | None = None
+    precision: str | None = None
 
     def enable(self, pipeline: Any) -> SparseAttention:
         """Make the self-attention of a pipeline sparse.
@@ -41,12 +43,13 @@ class Settings:
         """
         import fastdit
 
+        how = {"kernel": self.kernel, "precision": self.precision}
         with as_input_error():
-            handle = fastdit.enable_sparse_attention(pipeline, self.method, kernel=self.kernel, **self.fields)
+            handle = fastdit.enable_sparse_attention(pipeline, self.method, **how, **self.fields)
             if not self.schedule:
                 return handle
             schedule = replace(handle.schedule, **self.schedule)
-            return fastdit.enable_sparse_attention(pipeline, handle.method, schedule=schedule, kernel=self.kernel)
+            return fastdit.enable_sparse_attention(pipeline, handle.method, schedule=schedule, **how)
 
 
 def read_settings(
@@ -56,6 +59,7 @@ def read_settings(
     assignments: list[str],
     schedule: dict[str, str | None],
     kernel: str | None,
+    precision: str | None,
 ) -> Settings:
     """Check what was asked, without a model.
 
@@ -65,6 +69,7 @@ def read_settings(
         assignments: ``name=value`` each, for fields of the method.
         schedule: Fields of ``Schedule`` as text; ``None`` where nothing was said.
         kernel: Name of a kernel.
+        precision: Low precision of products.
 
     Raises:
         InputError: Something is unknown, malformed or out of range.
@@ -95,7 +100,7 @@ def read_settings(
             raise InputError(f"unknown kernel {kernel!r}; kernels are: {', '.join(reasons)}")
         if reasons[kernel] is not None:
             raise InputError(f"the kernel {kernel!r} cannot run here: {reasons[kernel]}")
-    return Settings(method, values, _read_schedule(schedule), kernel)
+    return Settings(method, values, _read_schedule(schedule), kernel, precision)
 
 
 def read_value(name: str, text: str, kind: Any) -> Any:

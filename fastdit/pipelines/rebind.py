@@ -48,7 +48,7 @@ def _attend(
 ) -> Tensor:
     if not heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    call = layer.plan(q, k, mask, scale, obstacle)
+    call = layer.plan(q, k, v, mask, scale, obstacle)
     if call is None:
         return layer.run_dense(stock, q.device)
     out = layer.run_sparse(q, k, v, call)

@@ -102,12 +102,15 @@ class Layer:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         return copy.deepcopy(self.runtime, memo).layers[self.index]
 
-    def plan(self, q: Tensor, k: Tensor, mask: Any, scale: float | None, obstacle: str | None) -> AttentionCall | None:
+    def plan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, obstacle: str | None
+    ) -> AttentionCall | None:
         """Return the call to run sparse, or count a dense one with its reason and return ``None``.
 
         Args:
             q: ``(B, H, S, D)`` queries.
             k: ``(B, H, S, D)`` keys.
+            v: ``(B, H, S, D)`` values.
             mask: The mask the model passes.
             scale: The softmax scale the model passes.
             obstacle: Why this call cannot be anything but the model's own, or ``None``.
@@ -126,6 +129,7 @@ class Layer:
         if reason is not None:
             stats.scheduled[reason] += 1
             return None
+        obstacle = _mixture(q, k, v) if obstacle is None else obstacle
         call = self._sparse_call(forward, q, k, mask, scale) if obstacle is None else obstacle
         if isinstance(call, str):
             stats.fallbacks[call] += 1
@@ -320,3 +324,10 @@ class Runtime:
         self.padding.clear()
         for layer in self.layers:
             layer.memories.clear()
+
+
+def _mixture(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.dtype == k.dtype == v.dtype and q.device == k.device == v.device:
+        return None
+    kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+    return f"queries, keys and values are of different kinds: {kinds}"
