@@ -123,12 +123,13 @@ def enable_sparse_attention(
 
     Args:
         target: A diffusers pipeline, whose ``transformer`` and ``transformer_2`` are both meant, or a transformer.
-        method: Name of a method, a method, or ``None`` for the model's preset.
+        method: Name of a method, a method, or ``None`` for the model's default.
         schedule: Which steps and layers stay dense; default: the preset's. A bare transformer does not know how many
             steps there will be, so by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
         precision: One of ``list_precisions()``; default: that of the model.
-        **fields: Fields of the method, such as ``density``.
+        **fields: Fields of the method, such as ``density``; the others are those published for the model
+            (``fastdit.pipelines.presets``), or the method's defaults.
 
     Raises:
         ValueError: Model, method, kernel or precision is unknown, or a value is out of range; nothing has changed then.
@@ -138,11 +139,10 @@ def enable_sparse_attention(
     transformers = _transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
     first = next(iter(transformers.values()))
-    preset = find_preset(families[0], first)
-    if method is None:
+    name = method.name if isinstance(method, AttentionMethod) else method
+    preset = find_preset(families[0], first, name, len(transformers))
+    if method is None or isinstance(method, str):
         method = get_method(preset.method, **{**preset.fields, **fields})
-    elif isinstance(method, str):
-        method = get_method(method, **fields)
     elif not isinstance(method, AttentionMethod):
         raise TypeError(f"method must be a name, a method or None, got {type(method).__name__}")
     elif fields:

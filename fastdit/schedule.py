@@ -16,7 +16,7 @@ class Schedule:
         tail_steps: Last denoising steps kept dense: a count or a fraction, as above.
         dense_layers: Self-attention layers kept dense, by index; negative indices count from the end.
         refresh_steps: When dynamic patterns are rebuilt: every n sparse steps (int, at least 1), or at exactly
-            these step indices (tuple). The first sparse step always builds.
+            these steps (tuple of indices, or of fractions of all steps in [0, 1]). The first sparse step always builds.
 
     Raises:
         ValueError: A count is negative, a fraction is outside [0, 1], or ``refresh_steps`` is smaller than 1.
@@ -26,7 +26,7 @@ class Schedule:
     warmup_steps: int | float = 0
     tail_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()
-    refresh_steps: int | tuple[int, ...] = 1
+    refresh_steps: int | tuple[int | float, ...] = 1
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "tail_steps"):
@@ -45,8 +45,11 @@ class Schedule:
         if isinstance(self.refresh_steps, list):
             object.__setattr__(self, "refresh_steps", tuple(self.refresh_steps))
         if isinstance(self.refresh_steps, tuple):
-            if not all(isinstance(i, int) and i >= 0 for i in self.refresh_steps):
-                raise ValueError(f"refresh_steps must list step indices from 0, got {self.refresh_steps!r}")
+            if not all(_is_step(i) for i in self.refresh_steps):
+                raise ValueError(
+                    "refresh_steps must list step indices from 0 or fractions of all steps in [0, 1], "
+                    f"got {self.refresh_steps!r}"
+                )
         elif isinstance(self.refresh_steps, bool) or not isinstance(self.refresh_steps, int):
             raise TypeError(f"refresh_steps must be an int or a tuple of steps, got {self.refresh_steps!r}")
         elif self.refresh_steps < 1:
@@ -93,18 +96,25 @@ class Schedule:
             num_steps: Steps of the run; ``None`` if unknown.
 
         Raises:
-            ValueError: ``warmup_steps`` is a fraction and ``num_steps`` is unknown.
+            ValueError: ``warmup_steps`` or one of ``refresh_steps`` is a fraction and ``num_steps`` is unknown.
         """
         if isinstance(self.refresh_steps, tuple):
-            return step in self.refresh_steps
+            return step in [_count(i, num_steps, "refresh_steps") for i in self.refresh_steps]
         return (step - self.first_sparse_step(num_steps)) % self.refresh_steps == 0
+
+
+def _is_step(value: object) -> bool:
+    if isinstance(value, float):
+        return 0 <= value <= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _known(num_steps: int | None, name: str) -> int:
     if num_steps is None:
         raise ValueError(
             f"{name} depends on the number of denoising steps, and nobody said how many there are: "
-            "call the pipeline rather than the bare transformer, or give warmup_steps as a count and no tail_steps"
+            "call the pipeline rather than the bare transformer, or give warmup_steps as a count, refresh_steps as "
+            "counts and no tail_steps"
         )
     return num_steps
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
+from fastdit.pipelines import find_family
+from fastdit.pipelines.presets import PRESETS, find_preset
 
 
 @pytest.fixture
@@ -176,20 +178,38 @@ def test_preset_of_a_pipeline():
     assert handle.schedule == fastdit.Schedule(warmup_steps=0.25, dense_layers=(0,))
     tiny.run(pipe, steps=4)
     assert handle.report()["totals"]["dense"] == {"dense layer": 4, "warm-up step": 1}
-    assert pipe.enable_sparse_attention("radial").schedule == handle.schedule
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "density"),
-    [("wan", 5120, 0.25), ("wan", 1536, 0.4), ("wan", 128, 0.2), ("hunyuan_video", 3072, 0.1)],
+    ("kind", "width", "method", "experts", "fields"),
+    [
+        ("wan", 5120, None, 1, {"density": 0.25}),
+        ("wan", 1536, None, 1, {"density": 0.4}),
+        ("wan", 128, None, 1, {"density": 0.2, "tile": (4, 4, 4)}),
+        ("hunyuan_video", 3072, None, 1, {"density": 0.1}),
+        ("ltx", 2048, None, 1, {"density": 0.4}),
+        ("hunyuan_video", 3072, "radial", 1, {"decay": 0.95, "sink": False}),
+        ("wan", 5120, "radial", 2, {"decay": 0.8}),
+        ("wan", 5120, "radial", 1, {"decay": 0.2}),
+        ("mochi", 3072, "radial", 1, {}),
+    ],
 )
-def test_presets_follow_family_and_size(kind, width, density):
-    from fastdit.pipelines import find_family
-    from fastdit.pipelines.presets import find_preset
-
+def test_presets_follow_family_size_and_method(kind, width, method, experts, fields):
     config = SimpleNamespace(num_attention_heads=width // 128, attention_head_dim=128)
-    preset = find_preset(find_family(tiny.transformer(kind)), SimpleNamespace(config=config))
-    assert preset.fields["density"] == density
+    found = find_preset(find_family(tiny.transformer(kind)), SimpleNamespace(config=config), method, experts)
+    assert found.fields == fields and found.method == (method or "draft") and found.source
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: f"{preset.family}-{preset.method}-{preset.width}")
+def test_presets_are_methods(preset):
+    assert fastdit.get_method(preset.method, **preset.fields).name == preset.method
+
+
+def test_published_fields_are_taken_unless_others_are_given():
+    pipe = tiny.pipeline("hunyuan_video")
+    handle = pipe.enable_sparse_attention("radial", decay=0.5)
+    assert handle.method == fastdit.get_method("radial", decay=0.5, sink=False)
+    assert handle.schedule == fastdit.Schedule(warmup_steps=0.24)
 
 
 def test_unknown_kernel_failure_reaches_the_user(model):

@@ -41,6 +41,10 @@ def test_refresh():
     assert [s for s in range(2, 12) if every.refreshes(s, 12)] == [2, 5, 8, 11]
     listed = Schedule(warmup_steps=2, refresh_steps=(4, 9))
     assert [s for s in range(2, 12) if listed.refreshes(s, 12)] == [4, 9]
+    parts = Schedule(warmup_steps=0.2, refresh_steps=(0.2, 0.6))
+    assert [s for s in range(10, 50) if parts.refreshes(s, 50)] == [10, 30]
+    with pytest.raises(ValueError, match="refresh_steps depends on the number of denoising steps"):
+        parts.refreshes(1, None)
 
 
 def test_counts_need_no_number_of_steps():
@@ -66,6 +70,8 @@ def test_unknown_number_of_steps_is_an_error(schedule):
         ({"dense_layers": ("0",)}, TypeError),
         ({"refresh_steps": 0}, ValueError),
         ({"refresh_steps": (-1,)}, ValueError),
+        ({"refresh_steps": (1.5,)}, ValueError),
+        ({"refresh_steps": (True,)}, ValueError),
         ({"refresh_steps": 1.5}, TypeError),
     ],
 )

@@ -1,8 +1,9 @@
-"""The default method for a model, from published settings."""
+"""The default method for a model, and the published settings of each method for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.nn import Module
@@ -13,51 +14,69 @@ from .base import ModelFamily
 
 @dataclass(frozen=True)
 class Preset:
-    """Hold a default for models of one family and size.
+    """Hold the settings of a method for the models of one family and size.
 
     Args:
         method: Name of the method.
-        fields: Its fields.
-        schedule: Which steps and layers stay dense.
+        schedule: Which steps and layers stay dense, and when dynamic masks are rebuilt.
+        source: Where the settings come from.
+        fields: Fields of the method that differ from its own defaults.
+        family: Name of the family; ``None`` for all.
+        width: Smallest number of heads times head dim, at least 0.
+        experts: Transformers of the pipeline, 2 in Wan 2.2 14B; ``None`` for any number.
     """
 
     method: str
-    fields: dict[str, Any]
     schedule: Schedule
+    source: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    family: str | None = None
+    width: int = 0
+    experts: int | None = None
 
 
-# Radial Attention's released scripts keep 12 of 50 steps dense and, but for HunyuanVideo, the first layer.
-_SCHEDULE = Schedule(warmup_steps=0.25, dense_layers=(0,))
+_OURS = "fastdit: nothing is published; smaller models have fewer tokens and heads to spare and keep more"
+_DEMO = "fastdit, docs/methods.md: chosen on prompts of the demo"
+_DRAFT = "DraftAttention, section 4 and its code"
+_RADIAL = "Radial Attention, inference scripts"
 
-# For ten steps and six layers; chosen on a single clip of the demo (docs/decisions.md).
-_TINY_SCHEDULE = Schedule(warmup_steps=0.3)
+# Draft's code goes by noise level, which for the models it knows is 20 to 30 % of the steps; the paper says 25 %.
+_QUARTER = Schedule(warmup_steps=0.25, dense_layers=(0,))
 
-# Family, smallest width (heads x head dim), fields of DraftAttention, schedule; the first line that fits counts. The
-# paper gives density 0.25 for Wan 2.1 14B and 0.1 for HunyuanVideo. Nothing is published for the others: smaller
-# models have fewer tokens and heads to spare and keep more. The narrowest is the demo's.
-_TABLE: tuple[tuple[str, int, dict[str, Any], Schedule], ...] = (
-    ("wan", 5120, {"density": 0.25}, _SCHEDULE),
-    ("wan", 3072, {"density": 0.3}, _SCHEDULE),
-    ("wan", 1024, {"density": 0.4}, _SCHEDULE),
-    ("wan", 0, {"density": 0.2, "tile": (4, 4, 4)}, _TINY_SCHEDULE),
-    ("hunyuan_video", 0, {"density": 0.1}, _SCHEDULE),
-    ("cogvideox", 3072, {"density": 0.3}, _SCHEDULE),
-    ("mochi", 3072, {"density": 0.3}, _SCHEDULE),
-    ("ltx", 4096, {"density": 0.3}, _SCHEDULE),
+PRESETS: tuple[Preset, ...] = (
+    # the default method of each family first, the widest models first
+    Preset("draft", _QUARTER, _DRAFT, {"density": 0.25}, "wan", 5120),
+    Preset("draft", _QUARTER, _OURS, {"density": 0.3}, "wan", 3072),
+    Preset("draft", _QUARTER, _OURS, {"density": 0.4}, "wan", 1024),
+    Preset("draft", Schedule(warmup_steps=0.3), _DEMO, {"density": 0.2, "tile": (4, 4, 4)}, "wan"),
+    Preset("draft", Schedule(warmup_steps=0.25, dense_layers=(0, 1)), _DRAFT, {"density": 0.1}, "hunyuan_video"),
+    Preset("draft", _QUARTER, _OURS, {"density": 0.3}, "cogvideox", 3072),
+    Preset("draft", _QUARTER, _OURS, {"density": 0.3}, "mochi", 3072),
+    Preset("draft", _QUARTER, _OURS, {"density": 0.3}, "ltx", 4096),
+    Preset("draft", _QUARTER, _OURS, {"density": 0.4}),
+    Preset("radial", Schedule(warmup_steps=0.275, dense_layers=(0,)), _RADIAL, {"decay": 0.8}, "wan", 5120, 2),
+    Preset("radial", Schedule(warmup_steps=0.24, dense_layers=(0,)), _RADIAL, {"decay": 0.2}, "wan"),
+    Preset("radial", Schedule(warmup_steps=0.24), _RADIAL, {"decay": 0.95, "sink": False}, "hunyuan_video"),
 )
-_OTHER: dict[str, Any] = {"density": 0.4}
 
 
-def find_preset(family: ModelFamily, transformer: Module) -> Preset:
-    """Return the default for a model.
+def find_preset(family: ModelFamily, transformer: Module, method: str | None = None, experts: int = 1) -> Preset:
+    """Return the settings for a model: the first that fit.
 
     Args:
         family: Its family.
         transformer: The model.
+        method: Name of the method wanted; ``None`` for the model's default method.
+        experts: Transformers of the pipeline, at least 1.
     """
     config: Any = transformer.config
     width = getattr(config, "num_attention_heads", 0) * getattr(config, "attention_head_dim", 0)
-    for name, least, fields, schedule in _TABLE:
-        if name == family.name and width >= least:
-            return Preset("draft", fields, schedule)
-    return Preset("draft", _OTHER, _SCHEDULE)
+    for preset in PRESETS:
+        if (
+            preset.family in (None, family.name)
+            and width >= preset.width
+            and preset.method == (method or preset.method)
+            and preset.experts in (None, experts)
+        ):
+            return preset
+    return Preset(method or "draft", _QUARTER, _OURS)
