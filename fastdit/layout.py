@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .curve import curve_order
 from .tokens import TokenSpec, VideoGrid
+
+AXES = {"raster": "fhw", "token": "hwf"} | {axes: axes for axes in ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")}
+ORDERS = ("tile", "curve", *AXES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +25,7 @@ class TokenLayout:
 
     Args:
         index: ``(1 or H, S_padded)`` int64: the token at each position, -1 for padding. Within a block padding
-            comes last.
+            comes last, at the same positions for all heads.
         inverse: ``(1 or H, S)`` int64: the position of each token.
         block: Tokens per block that the padding was made for.
         video_blocks: How many blocks, the first ones, hold video.
@@ -98,6 +103,21 @@ class TokenLayout:
         """Count the blocks of the laid out sequence, video and text."""
         return math.ceil(self.padded_tokens / self.block)
 
+    @cached_property
+    def source(self) -> Tensor:
+        """Return ``(1 or H, S_padded)`` int64: the token copied to each position, any one where there is padding."""
+        return self.index.clamp(min=0)
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """Return ``(P,)`` int64: the positions that hold padding."""
+        return (self.index[0] < 0).nonzero().flatten()
+
+    @cached_property
+    def block_lengths(self) -> Tensor:
+        """Return ``(1 or H, N)`` int32: the real tokens of each block."""
+        return self.lengths()
+
     def lengths(self, block: int | None = None) -> Tensor:
         """Count the real tokens of each block: ``(1 or H, N)`` int32.
 
@@ -113,7 +133,7 @@ class TokenLayout:
             padding: ``(B, S)`` bool, True where a token of the sequence is padding.
             block: Tokens per block; default: the layout's own. It must divide the layout's own.
         """
-        real = ~padding[:, self.index.clamp(min=0)] & (self.index >= 0)
+        real = ~padding[:, self.source] & (self.index >= 0)
         return self._per_block(real.int(), block)
 
     def _per_block(self, real: Tensor, block: int | None) -> Tensor:
@@ -134,14 +154,8 @@ class TokenLayout:
         """
         if self.identity:
             return x
-        index = self.index.clamp(min=0)
-        if index.shape[0] == 1:
-            out = x.index_select(2, index[0])
-        else:
-            out = x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
-        if self.padded_tokens == self.num_tokens:
-            return out
-        return out.masked_fill((self.index < 0)[None, :, :, None], 0)
+        out = _take(x, self.source)
+        return out if self.padded_tokens == self.num_tokens else out.index_fill_(2, self.padding, 0)
 
     def undo(self, x: Tensor) -> Tensor:
         """Put tokens back into the model's own order and drop the padding.
@@ -154,9 +168,34 @@ class TokenLayout:
         """
         if self.identity:
             return x
-        if self.inverse.shape[0] == 1:
-            return x.index_select(2, self.inverse[0])
-        return x.gather(2, self.inverse[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+        return _take(x, self.inverse)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    if index.shape[0] == 1:
+        return x.index_select(2, index[0])
+    return x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def token_order(grid: VideoGrid, order: str, tile: tuple[int, int, int] = (4, 4, 4)) -> Tensor:
+    """List the tokens of a video in an order given by name: ``(n,)`` int64.
+
+    Args:
+        grid: The video tokens.
+        order: One of ``ORDERS``: ``"raster"``; ``"token"``, all frames of one position together; ``"tile"``;
+            ``"curve"``, along a space-filling curve; or three axes, slowest first, such as ``"hwf"``.
+        tile: ``(frames, height, width)`` of a tile, each at least 1; only ``"tile"`` uses it.
+
+    Raises:
+        ValueError: There is no such order, or a tile axis is smaller than 1.
+    """
+    if order == "tile":
+        return tile_order(grid, tile)[0]
+    if order == "curve":
+        return curve_order(grid)
+    if order in AXES:
+        return axis_order(grid, AXES[order])
+    raise ValueError(f"unknown order {order!r}; orders are: {', '.join(ORDERS)}")
 
 
 def axis_order(grid: VideoGrid, axes: str) -> Tensor:

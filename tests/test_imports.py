@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     {"tokens", "schedule", "metrics"},
+    {"curve"},
     {"layout", "mask"},
     {"attention.kernels"},
     {"attention"},

@@ -1,13 +1,22 @@
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from fastdit.layout import TokenLayout, axis_order, tile_order
-from fastdit.tokens import TokenSpec, VideoGrid
+from fastdit.attention import MethodState
+from fastdit.attention.ordered import OrderedMethod, pattern_of
+from fastdit.layout import ORDERS, TokenLayout, axis_order, tile_order, token_order
+from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRIDS = [VideoGrid(1, 1, 1), VideoGrid(1, 5, 7), VideoGrid(3, 4, 6), VideoGrid(5, 9, 11), VideoGrid(4, 8, 8)]
 TEXTS = [(0, False), (7, True), (7, False), (64, True), (64, False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordered(OrderedMethod):
+    def pattern(self, q, k, call, state):
+        raise NotImplementedError
 
 
 def orders(grid):
@@ -112,3 +121,88 @@ def test_bad_orders_and_lengths():
         tile_order(VideoGrid(1, 2, 3), (0, 1, 1))
     with pytest.raises(ValueError, match="do not fit"):
         TokenLayout.build(TokenSpec(VideoGrid(1, 2, 3)), block=16).lengths(12)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_named_order_lists_every_token_once(order):
+    drawn = [VideoGrid(*sizes) for sizes in torch.randint(1, 18, (20, 3)).tolist()]
+    for grid in [*GRIDS, *drawn, VideoGrid(17, 1, 1), VideoGrid(1, 1, 19), VideoGrid(1, 23, 1)]:
+        for tile in [(4, 4, 4), (2, 3, 5), (1, 1, 1), (99, 99, 99)] if order == "tile" else [(4, 4, 4)]:
+            tokens = token_order(grid, order, tile)
+            assert tokens.dtype == torch.int64
+            assert torch.equal(tokens.sort().values, torch.arange(grid.num_tokens)), (grid, tile)
+
+
+def test_names_of_orders():
+    grid = VideoGrid(2, 3, 4)
+    assert torch.equal(token_order(grid, "raster"), torch.arange(24))
+    assert token_order(grid, "token")[:4].tolist() == [0, 12, 1, 13]
+    assert torch.equal(token_order(grid, "wfh"), axis_order(grid, "wfh"))
+    assert token_order(grid, "tile", (2, 2, 2))[:8].tolist() == [0, 1, 4, 5, 12, 13, 16, 17]
+    with pytest.raises(ValueError, match="unknown order 'hilbert'; orders are: tile, curve, raster, token, fhw"):
+        token_order(grid, "hilbert")
+
+
+def steps(grid, order):
+    return torch.stack(torch.unravel_index(order, grid.shape), 1).diff(dim=0).abs().sum(1)
+
+
+def test_the_curve_never_jumps():
+    """A path through all cells exists in every box, so not even parity excuses a jump."""
+    for sizes in itertools.product([1, 2, 3, 4, 5, 7, 8], repeat=3):
+        grid = VideoGrid(*sizes)
+        assert (steps(grid, token_order(grid, "curve")) == 1).all(), grid
+
+
+@pytest.mark.parametrize("shape", [(21, 45, 80), (21, 30, 52), (13, 30, 45), (41, 45, 81)], ids=str)
+def test_runs_of_the_curve_are_compact(shape):
+    """64 tokens in a row are spread about as little as in a cube of 4 x 4 x 4, whose mean squared distance is 3.75."""
+    grid = VideoGrid(*shape)
+    order = token_order(grid, "curve")
+    assert (steps(grid, order) == 1).all()
+    runs = torch.stack(torch.unravel_index(order, grid.shape), 1).double()[: len(order) // 64 * 64].view(-1, 64, 3)
+    assert (runs - runs.mean(1, keepdim=True)).square().sum(-1).mean() < 1.5 * 3.75
+
+
+@pytest.mark.parametrize("order", ["raster", "tile", "curve", "token", "wfh"])
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_ordered_methods_cut_the_order_into_blocks(order, text):
+    spec, state = TokenSpec(VideoGrid(3, 5, 7), *text), MethodState()
+    method = Ordered(block_size=16, order=order, tile=(2, 2, 3))
+    layout = method.layout(AttentionCall(spec), torch.device("cpu"), state)
+    video = layout.index[0, :105] - spec.video.start
+    assert torch.equal(video, token_order(spec.grid, order, (2, 2, 3)))
+    assert layout.video_blocks == 7 and layout.block == 16
+    assert method.layout(AttentionCall(spec, layer=3), torch.device("cpu"), state) is layout
+    other = Ordered(block_size=32, order=order, tile=(2, 2, 3))
+    assert other.layout(AttentionCall(spec), torch.device("cpu"), state) is not layout
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_patterns_of_chosen_blocks(text):
+    layout = TokenLayout.build(TokenSpec(VideoGrid(3, 5, 7), *text), block=16)
+    chosen = torch.rand(2, 3, 7, 7) < 0.4
+    chosen[..., 0] = True
+    for max_count in (None, 7):
+        mask = pattern_of(layout, chosen, max_count=max_count).mask
+        blocks = mask.to_dense()
+        assert torch.equal(blocks[..., :7, :7], chosen)
+        assert blocks[..., 7:, :].all() and blocks[..., 7:].all()
+        assert torch.equal(mask.lengths_k[0], layout.lengths()) and torch.equal(mask.lengths_q[0], layout.lengths())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_size": 24},
+        {"order": "hilbert"},
+        {"tile": (4, 4)},
+        {"tile": (4, 0, 4)},
+        {"tile": (4, 4.0, 4)},
+        {"tile": (True, 4, 4)},
+    ],
+    ids=str,
+)
+def test_bad_fields_of_ordered_methods(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
+        Ordered(**fields)

@@ -1,0 +1,80 @@
+"""Methods that cut the video into blocks along an order of the user's choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import ORDERS, TokenLayout, token_order
+from ..mask import BlockMask
+from ..tokens import AttentionCall
+from .base import BlockMethod, Pattern, check_block_size
+from .select import keep_text
+from .state import MethodState
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedMethod(BlockMethod):
+    """Put the video into an order, and cut it into blocks one after the other.
+
+    Args:
+        block_size: Tokens per block, a power of two in [16, 256].
+        order: Order of the video tokens: ``"raster"``; ``"tile"``; ``"curve"``, along a space-filling curve;
+            ``"token"``, all frames of one position together; or three axes, slowest first, such as ``"hwf"``.
+        tile: ``(frames, height, width)`` tokens of a tile, each at least 1, for ``order="tile"``. Tiles follow each
+            other without padding, so a block is a tile only where both have the same size.
+
+    Raises:
+        ValueError: ``block_size`` or ``order`` is none of those, or ``tile`` is not three numbers of at least 1.
+    """
+
+    block_size: int = 64
+    order: str = "raster"
+    tile: tuple[int, int, int] = (4, 4, 4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block_size("block_size", self.block_size)
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        object.__setattr__(self, "tile", tuple(self.tile))
+        if len(self.tile) != 3 or not all(type(t) is int and t >= 1 for t in self.tile):
+            raise ValueError(f"tile must be (frames, height, width), each at least 1, got {self.tile!r}")
+
+    def layout(self, call: AttentionCall, device: torch.device, state: MethodState) -> TokenLayout:
+        """Return the layout of a call, built once per make-up of the tokens.
+
+        Args:
+            call: The call.
+            device: Where it shall be.
+            state: Keeps it.
+        """
+        key = ("layout", self.block_size, self.order, self.tile, call.tokens, device)
+        return state.cache.static(key, lambda: self._build(call, device))
+
+    def _build(self, call: AttentionCall, device: torch.device) -> TokenLayout:
+        order = token_order(call.tokens.grid, self.order, self.tile)
+        return TokenLayout.build(call.tokens, block=self.block_size, order=order, device=device)
+
+
+def pattern_of(layout: TokenLayout, video_blocks: Tensor, *, max_count: int | None = None) -> Pattern:
+    """Make a pattern of the blocks that were chosen in the video; text attends to all and is attended to by all.
+
+    Args:
+        layout: The order, in blocks of the size of those chosen.
+        video_blocks: ``(M, M)`` or ``(B or 1, H or 1, M, M)`` bool, M the blocks of the layout that hold video.
+        max_count: An upper bound of the blocks in a row of ``video_blocks``, where it is known; at least 1.
+    """
+    lengths = layout.block_lengths[None]
+    has_text = layout.num_blocks > layout.video_blocks  # whose rows list every block
+    mask = BlockMask.from_dense(
+        keep_text(video_blocks, layout.num_blocks, layout.num_blocks),
+        block_q=layout.block,
+        block_k=layout.block,
+        lengths_q=lengths,
+        lengths_k=lengths,
+        max_count=layout.num_blocks if has_text else max_count,
+    )
+    return Pattern(layout, mask)
