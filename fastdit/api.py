@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch.nn import Module
 
 from .attention import AttentionMethod, get_method
@@ -19,10 +18,9 @@ from .pipelines.context import RunTracker
 from .pipelines.intercept import install, installed, uninstall
 from .pipelines.presets import find_preset
 from .pipelines.runtime import Layer, Runtime, Settings
+from .pipelines.targets import find_transformers, require_transformers
 from .report import summary
 from .schedule import Schedule
-
-_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 class SparseAttention:
@@ -136,7 +134,7 @@ def enable_sparse_attention(
         TypeError: The method has no such field, or a method object is given together with fields.
         RuntimeError: The attention processors of the model cannot be intercepted; it runs stock then.
     """
-    transformers = _transformers(target)
+    transformers = require_transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
     first = next(iter(transformers.values()))
     name = method.name if isinstance(method, AttentionMethod) else method
@@ -188,7 +186,7 @@ def disable_sparse_attention(target: Any) -> None:
     Raises:
         ValueError: ``target`` has no transformer.
     """
-    for transformer in _transformers(target).values():
+    for transformer in require_transformers(target).values():
         found = installed(transformer)
         if found is not None:
             uninstall(transformer)
@@ -233,7 +231,7 @@ def find_sparse_attention(target: Any) -> SparseAttention | None:
     Args:
         target: A diffusers pipeline or a transformer.
     """
-    found = [(transformer, installed(transformer)) for transformer in _present(target).values()]
+    found = [(transformer, installed(transformer)) for transformer in find_transformers(target).values()]
     enabled = [(transformer, installation) for transformer, installation in found if installation is not None]
     if not enabled:
         return None
@@ -250,32 +248,6 @@ def _check_layers(schedule: Schedule, count: int) -> None:
     wrong = [index for index in schedule.dense_layers if not -count <= index < count]
     if wrong:
         raise ValueError(f"dense_layers names layers {wrong}, but the transformer has {count} self-attention layers")
-
-
-def _present(target: Any) -> dict[str, Module]:
-    if isinstance(target, Module):
-        return {"transformer": _unwrap(target)}
-    found = {name: getattr(target, name, None) for name in _TRANSFORMERS}
-    return {name: _unwrap(model) for name, model in found.items() if isinstance(model, Module)}
-
-
-def _transformers(target: Any) -> dict[str, Module]:
-    transformers = _present(target)
-    if not transformers:
-        raise ValueError(
-            f"{type(target).__name__} has no transformer; give a diffusers video pipeline or its transformer"
-        )
-    return transformers
-
-
-def _unwrap(model: Module) -> Module:
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 def _seconds(layer: Layer) -> float:
