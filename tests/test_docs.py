@@ -16,6 +16,7 @@ from docstrings import public_names
 
 import fastdit
 from fastdit.attention import base, kernels
+from fastdit.attention.kernels.options import Options
 from fastdit.pipelines import base as families
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,4 +186,4 @@ def test_kernel_example_equals_the_reference(monkeypatch):
     results = [kernels.block_sparse_attention(q, k, v, mask, kernel=name) for name in ("example", "reference")]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert "8192" in kernel.check(torch.empty(1, 1, 9000, 8), k, v, mask)
+    assert "8192" in kernel.check(torch.empty(1, 1, 9000, 8), k, v, mask, Options(1.0))

@@ -1,8 +1,9 @@
 """The only door to the kernels: ``block_sparse_attention`` computes listed blocks and knows nothing else.
 
-A kernel is one module beside this one with three functions: ``available()`` and ``check(q, k, v, mask)`` return
-the reason why it cannot run, on this machine at all or for these tensors, or ``None``; ``run(q, k, v, mask, scale)``
-computes. Its name is then added to one of the two tuples below.
+A kernel is one module beside this one with three functions: ``available()`` and ``check(q, k, v, mask, options)``
+return the reason why it cannot run, on this machine at all or for this call, or ``None``; ``run(q, k, v, mask,
+options)`` computes. What ``options`` asks for is in ``options.py``; a kernel refuses in ``check`` what it does not
+know. Its name is then added to one of the two tuples below.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ...mask import BlockMask
+from .options import PRECISIONS, Options
 
 _AUTOMATIC = ("triton", "cpu")
 _ON_REQUEST = ("reference",)
-_PRECISIONS = ("int8", "int8_fp8")
 _MODULES = {"triton": "triton_attention"}
 
 
@@ -55,19 +57,25 @@ def block_sparse_attention(
         ``(B, H, Sq)``, fp32 (fp64 for fp64 inputs). A row without keys is 0 and -inf.
 
     Raises:
-        ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel.
+        ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel or option.
         TypeError: Dtypes differ or are not floating point.
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
-    if compensate is not None or precision is not None:
-        raise RuntimeError(f"no kernel can run with compensate={compensate!r} and precision={precision!r} yet")
-    name = choose_kernel(q, k, v, mask, kernel)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; leave it out for D ** -0.5")
-    return _module(name).run(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    check_inputs(q, k, v, mask)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, compensate, precision)
+    return _module(_choose(q, k, v, mask, options, kernel)).run(q, k, v, mask, options)
 
 
-def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str | None = None) -> str:
+def choose_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    kernel: str | None = None,
+    *,
+    compensate: str | None = None,
+    precision: str | None = None,
+) -> str:
     """Name the kernel that ``block_sparse_attention`` runs for these arguments.
 
     Args:
@@ -76,28 +84,16 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str 
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks.
         kernel: The kernel asked for, or ``None``.
+        compensate: The compensation asked for, or ``None``.
+        precision: The precision asked for, or ``None``.
 
     Raises:
-        ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel.
+        ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel or option.
         TypeError: Dtypes differ or are not floating point.
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
     check_inputs(q, k, v, mask)
-    if kernel is not None:
-        reason = _reason(_known(kernel), q, k, v, mask)
-        if reason is not None:
-            raise RuntimeError(f"kernel {kernel!r} cannot run: {reason}")
-        return kernel
-    reasons = {}
-    for name in _AUTOMATIC:
-        reasons[name] = _reason(name, q, k, v, mask)
-        if reasons[name] is None:
-            return name
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise RuntimeError(
-        f"no kernel can run. {listed}. kernel='reference' runs anywhere and has a backward, but is slow "
-        "and takes memory for the whole score matrix of a head"
-    )
+    return _choose(q, k, v, mask, Options(q.shape[-1] ** -0.5, compensate, precision), kernel)
 
 
 def list_kernels() -> tuple[str, ...]:
@@ -107,24 +103,32 @@ def list_kernels() -> tuple[str, ...]:
 
 def list_precisions() -> tuple[str, ...]:
     """List the low precisions that products can be computed in, the more exact first."""
-    return _PRECISIONS
+    return PRECISIONS
 
 
 def explain_kernels(
-    q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, mask: BlockMask | None = None
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    mask: BlockMask | None = None,
+    *,
+    compensate: str | None = None,
+    precision: str | None = None,
 ) -> dict[str, str | None]:
     """Say for each kernel why it cannot run, ``None`` where it can.
 
-    Without arguments the answer is about this machine, with all four about that call.
+    Without tensors the answer is about this machine, with all of them about that call.
 
     Args:
         q: ``(B, H, Sq, D)`` queries.
         k: ``(B, H, Sk, D)`` keys.
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks.
+        compensate: The compensation asked for, or ``None``.
+        precision: The precision asked for, or ``None``.
 
     Raises:
-        ValueError: Only some arguments are given, or they do not fit each other.
+        ValueError: Only some arguments are given, they do not fit each other, or there is no such option.
         TypeError: Dtypes differ or are not floating point.
     """
     if q is None and k is None and v is None and mask is None:
@@ -132,7 +136,8 @@ def explain_kernels(
     if q is None or k is None or v is None or mask is None:
         raise ValueError("give q, k, v and mask, or none of them")
     check_inputs(q, k, v, mask)
-    return {name: _reason(name, q, k, v, mask) for name in list_kernels()}
+    options = Options(q.shape[-1] ** -0.5, compensate, precision)
+    return {name: _reason(name, q, k, v, mask, options) for name in list_kernels()}
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
@@ -188,15 +193,33 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
         )
 
 
-def _known(name: str) -> str:
-    if name not in list_kernels():
-        raise ValueError(f"unknown kernel {name!r}; kernels are: {', '.join(list_kernels())}")
-    return name
+def _choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options, kernel: str | None) -> str:
+    if kernel is not None:
+        if kernel not in list_kernels():
+            raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
+        reason = _reason(kernel, q, k, v, mask, options)
+        if reason is not None:
+            raise RuntimeError(f"kernel {kernel!r} cannot run: {reason}")
+        return kernel
+    reasons = {}
+    for name in _AUTOMATIC:
+        reasons[name] = _reason(name, q, k, v, mask, options)
+        if reasons[name] is None:
+            return name
+    reasons["reference"] = _reason("reference", q, k, v, mask, options)
+    if reasons["reference"] is None:
+        reasons["reference"] = (
+            "not chosen by itself, because it is slow and takes memory for the whole score matrix of a head; "
+            "kernel='reference' runs it"
+        )
+    raise RuntimeError("no kernel can run. " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
-def _reason(name: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
+def _reason(name: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
     module = _module(name)
-    return module.available() or module.check(q, k, v, mask)
+    if options.precision is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return f"precision={options.precision!r} has no backward; use torch.no_grad(), or leave precision out"
+    return module.available() or module.check(q, k, v, mask, options)
 
 
 @cache

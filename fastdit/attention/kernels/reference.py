@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...mask import BlockMask
+from .means import block_means, dropped_blocks, log_sizes
+from .options import Options
 
 
 def available() -> str | None:
@@ -15,19 +17,22 @@ def available() -> str | None:
     return None
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
-    """Return why this kernel cannot run for these arguments: it always can.
+def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
+    """Return why this kernel cannot run for these arguments, or ``None``.
 
     Args:
         q: ``(B, H, Sq, D)`` queries.
         k: ``(B, H, Sk, D)`` keys.
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks.
+        options: How.
     """
+    if options.precision is not None:
+        return f"it has no precision {options.precision!r} yet"
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
     """Compute the attention of listed blocks, one head at a time, in fp32 or better.
 
     Args:
@@ -35,7 +40,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple
         k: ``(B, H, Sk, D)`` keys.
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks.
-        scale: Softmax scale.
+        options: How.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32 or fp64.
@@ -45,20 +50,26 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple
     outs, lses = [], []
     for b in range(batch):
         for h in range(heads):
-            out, lse = _head(q[b, h].to(dtype), k[b, h].to(dtype), v[b, h].to(dtype), _one_head(mask, b, h), scale)
+            one = (slice(b, b + 1), slice(h, h + 1))
+            out, lse = _head(q[one].to(dtype), k[one].to(dtype), v[one].to(dtype), _one_head(mask, b, h), options)
             outs.append(out)
             lses.append(lse)
-    out = torch.stack(outs).unflatten(0, (batch, heads)).to(q.dtype)
-    return out, torch.stack(lses).unflatten(0, (batch, heads))
+    out = torch.cat(outs).unflatten(0, (batch, heads))[:, :, 0].to(q.dtype)
+    return out, torch.cat(lses).unflatten(0, (batch, heads))[:, :, 0]
 
 
-def _head(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    visible = mask.to_tokens(q.shape[0], k.shape[0])[0, 0]
-    scores = (q @ k.mT * scale).masked_fill(~visible, -torch.inf)
-    some = visible.any(-1)
+def _head(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
+    visible = mask.to_tokens(q.shape[2], k.shape[2])
+    scores = (q @ k.mT * options.scale).masked_fill(~visible, -torch.inf)
+    if options.compensate == "mean":
+        dropped = dropped_blocks(mask).repeat_interleave(mask.block_q, 2)[:, :, : q.shape[2]]
+        stand_ins = q @ block_means(k, mask).mT * options.scale + log_sizes(mask, q.dtype)[:, :, None]
+        scores = torch.cat([scores, stand_ins.masked_fill(~dropped, -torch.inf)], -1)
+        v = torch.cat([v, block_means(v, mask)], 2)
+    some = (scores > -torch.inf).any(-1)
     # An empty row is all -inf, of which softmax and logsumexp have no gradient; give them zeros and overwrite.
-    scores = torch.where(some[:, None], scores, 0)
-    out = torch.where(some[:, None], scores.softmax(-1) @ v, 0)
+    scores = torch.where(some[..., None], scores, 0)
+    out = torch.where(some[..., None], scores.softmax(-1) @ v, 0)
     return out, torch.where(some, scores.logsumexp(-1), -torch.inf)
 
 

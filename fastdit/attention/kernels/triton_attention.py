@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...mask import BlockMask
+from .options import Options
 from .triton_config import choose_config
 
 
@@ -25,7 +26,7 @@ def available() -> str | None:
     return None
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
+def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
     """Return why this kernel cannot run for these arguments, or ``None``.
 
     Args:
@@ -33,6 +34,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
         k: ``(B, H, Sk, D)`` keys.
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks.
+        options: How.
     """
     if not q.is_cuda and not (_interpreted() and q.device.type == "cpu"):
         return f"it needs CUDA tensors, got {q.device}"
@@ -47,12 +49,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
         return f"it takes blocks of a multiple of 16 tokens, got {mask.block_q} and {mask.block_k}"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
+    if options.compensate is not None:
+        return "it does not compensate yet"
+    if options.precision is not None:
+        return f"it computes in the precision of its inputs, not in {options.precision} yet"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "it has no backward yet; use torch.no_grad(), or kernel='reference', which has one"
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
     """Compute the attention of listed blocks.
 
     Args:
@@ -60,7 +66,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple
         k: ``(B, H, Sk, D)`` keys, likewise.
         v: ``(B, H, Sk, D)`` values, likewise.
         mask: The blocks.
-        scale: Softmax scale.
+        options: How.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32.
@@ -70,9 +76,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     config = choose_config(capability, q.shape[3], q.dtype, mask.block_q, mask.block_k)
     if not q.is_cuda:
-        return block_sparse_fwd(q, k, v, mask, scale, config)
+        return block_sparse_fwd(q, k, v, mask, options.scale, config)
     with torch.cuda.device(q.device):
-        return block_sparse_fwd(q, k, v, mask, scale, config)
+        return block_sparse_fwd(q, k, v, mask, options.scale, config)
 
 
 def _interpreted() -> bool:

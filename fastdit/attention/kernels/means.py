@@ -1,0 +1,51 @@
+"""What stands in for blocks that are not listed: one key each, the mean of its real keys, as heavy as they are many.
+
+Source: SVG-EAR (arXiv 2603.08982), section 4, where the blocks are clusters of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...mask import BlockMask
+
+
+def block_means(x: Tensor, mask: BlockMask) -> Tensor:
+    """Average keys or values over the real tokens of each key block.
+
+    Args:
+        x: ``(B, H, Sk, D)`` keys or values, any float dtype; padding may hold anything.
+        mask: The blocks.
+
+    Returns:
+        ``(B, H, Nk, D)`` fp32, or fp64 for fp64; 0 for a block without real keys.
+    """
+    x = pad(x, (0, 0, 0, mask.num_k * mask.block_k - x.shape[2])).unflatten(2, (mask.num_k, mask.block_k))
+    padding = torch.arange(mask.block_k, device=x.device) >= mask.lengths_k[..., None]
+    sums = x.masked_fill(padding[..., None], 0).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
+    return sums / mask.lengths_k.clamp(min=1)[..., None]
+
+
+def dropped_blocks(mask: BlockMask) -> Tensor:
+    """Mark the key blocks that stand in, worked out once per mask: ``(B or 1, H or 1, Nq, Nk)`` bool.
+
+    True where a query block does not list a key block that holds real keys.
+
+    Args:
+        mask: The blocks.
+    """
+    if "dropped" not in mask.derived:
+        mask.derived["dropped"] = ~mask.to_dense() & (mask.lengths_k > 0)[:, :, None]
+    return mask.derived["dropped"]
+
+
+def log_sizes(mask: BlockMask, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the logits of the means: ``(B or 1, H or 1, Nk)``, the natural log of their real keys.
+
+    Args:
+        mask: The blocks.
+        dtype: fp32 or fp64.
+    """
+    return mask.lengths_k.clamp(min=1).to(dtype).log()

@@ -1,0 +1,35 @@
+"""How one call of the door is to be computed, apart from its tensors and its mask."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+COMPENSATIONS = ("mean",)
+PRECISIONS = ("int8", "int8_fp8")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say how listed blocks are computed; every kernel gets one.
+
+    Args:
+        scale: Softmax scale, finite.
+        compensate: What stands in for blocks that are not listed: one of ``COMPENSATIONS``, or ``None``.
+        precision: Of the products: one of ``PRECISIONS``, or ``None`` for that of the inputs.
+
+    Raises:
+        ValueError: A value is not among these.
+    """
+
+    scale: float
+    compensate: str | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, got {self.scale}; leave it out for D ** -0.5")
+        if self.compensate not in (None, *COMPENSATIONS):
+            raise ValueError(f"unknown compensate {self.compensate!r}; there are: {', '.join(COMPENSATIONS)}, or None")
+        if self.precision not in (None, *PRECISIONS):
+            raise ValueError(f"unknown precision {self.precision!r}; precisions are: {', '.join(PRECISIONS)}, or None")
