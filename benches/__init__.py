@@ -1,0 +1,1 @@
+"""Benchmarks: speed and quality, always beside dense of the same run."""

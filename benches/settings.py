@@ -1,0 +1,106 @@
+"""What is compared: methods with their fields and schedules, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import fastdit
+from fastdit import Schedule
+
+WARMUP = 0.3
+EVERY_STEP = Schedule(warmup_steps=WARMUP)
+DENSITIES = (0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a comparison.
+
+    Args:
+        method: Name of the method.
+        density: Fraction of blocks asked for, in (0, 1].
+        order: Token order, as the row names it.
+        fields: Fields of the method.
+        schedule: Which steps stay dense, and when masks are rebuilt.
+        steps: Denoising steps; ``None`` for the pipeline's default.
+    """
+
+    method: str
+    density: float
+    order: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    schedule: Schedule = EVERY_STEP
+    steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Return a name that differs between any two settings."""
+        fields = ",".join(f"{name}={value}" for name, value in sorted(self.fields.items()))
+        refresh = self.schedule.refresh_steps
+        return f"{self.method}({fields})@{self.density}/{self.order}/refresh={refresh}/steps={self.steps}"
+
+
+def methods(grid: tuple[int, int, int]) -> list[Setting]:
+    """List every method at equal densities, with and without compensation, in raster and in tile order.
+
+    Args:
+        grid: ``(frames, height, width)`` in tokens.
+    """
+    rows = []
+    for density in DENSITIES:
+        for compensate in (None, "mean"):
+            extra = {"compensate": compensate}
+            for order in ("raster", "tile"):
+                how = extra | {"order": order}
+                rows += [
+                    Setting("radial", density, order, radial_fields(grid, density, order) | extra),
+                    Setting("adaspa", density, order, how | {"density": density}),
+                    Setting("sla", density, order, how | {"density": density}),
+                ]
+            rows.append(Setting("draft", density, "tile", extra | {"density": density, "tile": (4, 4, 4)}))
+            rows.append(Setting("paro", density, "axes", extra))
+    return rows
+
+
+def reuse(grid: tuple[int, int, int]) -> list[Setting]:
+    """List dynamic methods with masks rebuilt every 1, 4, 10 steps and never, over 30 steps.
+
+    Args:
+        grid: Not used.
+    """
+    return [
+        Setting(method, 0.2, order, fields, Schedule(warmup_steps=WARMUP, refresh_steps=refresh), steps=30)
+        for method, order, fields in (
+            ("draft", "tile", {"density": 0.2, "tile": (4, 4, 4), "compensate": "mean"}),
+            ("adaspa", "tile", {"density": 0.2, "order": "tile", "compensate": "mean"}),
+        )
+        for refresh in (1, 4, 10, 30)
+    ]
+
+
+def radial_fields(grid: tuple[int, int, int], density: float, order: str) -> dict[str, Any]:
+    """Find the fields with which radial attention has a density: decay first, then thinned frame pairs.
+
+    Args:
+        grid: ``(frames, height, width)`` in tokens.
+        density: Wanted fraction, in (0, 1].
+        order: Token order.
+    """
+
+    def realised(fields: dict[str, Any]) -> float:
+        return fastdit.pattern("radial", grid=grid, **fields).density
+
+    found: list[tuple[float, float, dict[str, Any]]] = []
+    for sink in (True, False):
+        for min_band in (1, 64, 128, 256, 512, 1024):
+            for decay in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+                fields = {"decay": decay, "min_band": min_band, "sink": sink, "block_size": 64, "order": order}
+                found.append((abs(realised(fields) - density), min_band, fields))
+        if min(found, key=lambda entry: entry[:2])[0] < 0.02:
+            break
+    return min(found, key=lambda entry: entry[:2])[2]
+
+
+SUITES: dict[str, Callable[[tuple[int, int, int]], list[Setting]]] = {"methods": methods, "reuse": reuse}
