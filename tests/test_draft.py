@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.select import keep_top_fraction, pool_tiles, tile_sizes
+from fastdit.attention.select import pool_tiles, tile_sizes
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 
@@ -81,15 +81,24 @@ def test_tiles_become_blocks():
     assert sorted({(int(t) // 10, int(t) % 10) for t in first}) == [(h, w) for h in range(4) for w in range(6)]
 
 
-@pytest.mark.parametrize("density", [1e-6, 0.5, 1.0])
-def test_top_fraction_keeps_at_least_one(density):
-    kept = keep_top_fraction(torch.rand(2, 3, 4, 5), density)
-    assert (kept.sum((-1, -2)) == max(1, round(20 * density))).all()
+def test_ties_do_not_add_to_the_density():
+    """Equal scores are no reason to keep more; each tile keeps one in any case."""
+    spec = TokenSpec(VideoGrid(2, 16, 16))
+    q = torch.zeros(1, 1, spec.num_tokens, 8)
+    pattern = get_method("draft", density=0.25, tile=(1, 4, 4)).pattern(q, q, AttentionCall(spec), MethodState())
+    assert int(pattern.mask.to_dense().sum()) == 8 * 32 + 24
 
 
-def test_ties_are_kept():
-    scores = torch.tensor([[1.0, 2.0], [2.0, 2.0]])
-    assert keep_top_fraction(scores, 0.25).tolist() == [[False, True], [True, True]]
+def test_peaked_drafts_are_ranked_where_their_softmax_is_zero():
+    spec = TokenSpec(VideoGrid(2, 16, 16))
+    q, k = 100 * torch.randn(2, 1, 1, spec.num_tokens, 8)
+    pattern = get_method("draft", density=0.25, tile=(1, 4, 4)).pattern(q, k, AttentionCall(spec), MethodState())
+    means = [pool_tiles(x.double(), spec.grid, (1, 4, 4))[0, 0] for x in (q, k)]
+    scores = (means[0] @ means[1].T / 8**0.5).log_softmax(-1)
+    assert (scores.exp().float() > 0).sum() < 256, "the softmax tells too few apart"
+    expected = scores >= scores.flatten().topk(256).values.min()
+    own = torch.eye(32, dtype=torch.bool) & ~expected.any(-1, keepdim=True)
+    assert torch.equal(pattern.mask.to_dense()[0, 0], expected | own)
 
 
 @pytest.mark.parametrize("tile", [(1, 8), (0, 8, 8), (4, 16, 16), (1.0, 8, 8)])

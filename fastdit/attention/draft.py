@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..layout import TokenLayout, tile_order
-from ..mask import BlockMask
 from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_density, register
-from .select import keep_text, keep_top_fraction, pool_tiles, tile_sizes
+from .ordered import pattern_of
+from .select import by_heads, keep_top_fraction, pool_tiles
 from .state import MethodState
 
 
@@ -69,26 +69,20 @@ class Draft(BlockMethod):
         """
         grid, video = call.tokens.grid, call.tokens.video
         key = ("draft", self.tile, call.tokens, q.device)
-        layout, lengths, log_sizes = state.cache.static(key, lambda: self._layout(call, q.device))
+        layout, log_sizes = state.cache.static(key, lambda: self._layout(call, q.device))
         draft_q = pool_tiles(q[:, :, video], grid, self.tile)
         draft_k = pool_tiles(k[:, :, video], grid, self.tile)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        tiles = draft_k.shape[2]
-        blocks = torch.empty(*q.shape[:2], tiles, tiles, dtype=torch.bool, device=q.device)
-        for head in range(q.shape[1]):  # one map at a time, so that no fp32 maps of all heads exist at once
-            logits = draft_q[:, head] @ draft_k[:, head].transpose(1, 2) * scale + log_sizes
-            blocks[:, head] = keep_top_fraction(logits.softmax(-1), self.density)
-        mask = BlockMask.from_dense(
-            keep_text(blocks, layout.num_blocks, layout.num_blocks),
-            block_q=self.block_size,
-            block_k=self.block_size,
-            lengths_q=lengths,
-            lengths_k=lengths,
-        )
-        return Pattern(layout, mask)
 
-    def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor, Tensor]:
+        def choose(part: slice) -> Tensor:
+            logits = draft_q[:, part] @ draft_k[:, part].mT * scale + log_sizes
+            # the order of the softmax itself, which would underflow to ties
+            return keep_top_fraction(logits.log_softmax(-1), self.density)
+
+        batch, heads, tiles, _ = draft_k.shape
+        return pattern_of(layout, by_heads(choose, heads, batch * tiles**2))
+
+    def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor]:
         order, sizes = tile_order(call.tokens.grid, self.tile)
         layout = TokenLayout.build(call.tokens, block=self.block_size, order=order, segments=sizes, device=device)
-        log_sizes = tile_sizes(call.tokens.grid, self.tile).to(device).float().log()
-        return layout, layout.lengths()[None], log_sizes
+        return layout, sizes.to(device).float().log()

@@ -1,14 +1,18 @@
-"""Selection maths that methods share: pooling over tiles, and which scores are kept. All of it in fp32."""
+"""Selection maths that methods share: pooling, scores of blocks, and which of them are kept. All of it in fp32."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokens import VideoGrid
+from ..layout import TokenLayout
+from ..tokens import TokenSpec, VideoGrid
+
+SCORES_AT_ONCE = 1 << 24
 
 
 def pool_tiles(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
@@ -46,10 +50,206 @@ def tile_sizes(grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
     return torch.einsum("f,h,w->fhw", *axes).flatten()
 
 
+def pool_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
+    """Average the real tokens of each block.
+
+    Args:
+        x: ``(B, H, S_padded, D)`` laid out tokens, any float dtype; what padding holds does not matter.
+        block: Tokens per block, at least 1.
+        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
+
+    Returns:
+        ``(B, H, N, D)`` fp32; 0 for a block without tokens.
+
+    Raises:
+        ValueError: The blocks do not fit the sequence.
+    """
+    parts, real = _blocks(x, block, lengths)
+    sums = parts.masked_fill(~real, 0).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
+    return sums / lengths.clamp(min=1).to(sums)[..., None]
+
+
+def pool_extremes(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the smallest and the largest value of the real tokens of each block, channel by channel.
+
+    Args:
+        x: ``(B, H, S_padded, D)`` laid out tokens, any float dtype; what padding holds does not matter.
+        block: Tokens per block, at least 1.
+        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
+
+    Returns:
+        Minima and maxima, ``(B, H, N, D)`` fp32 each; 0 for a block without tokens.
+
+    Raises:
+        ValueError: The blocks do not fit the sequence.
+
+    Source: Quest (arXiv 2406.10774), section 3.2, where they bound the scores of a block.
+    """
+    parts, real = _blocks(x.to(torch.promote_types(x.dtype, torch.float32)), block, lengths)
+    empty = (lengths == 0)[..., None]
+    low = parts.masked_fill(~real, torch.inf).amin(3).masked_fill(empty, 0)
+    high = parts.masked_fill(~real, -torch.inf).amax(3).masked_fill(empty, 0)
+    return low, high
+
+
+def _blocks(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a sequence into blocks: ``(B, H, N, block, D)``, and which positions are real, ``(..., N, block, 1)``.
+
+    Raises:
+        ValueError: The blocks do not fit the sequence.
+    """
+    missing = lengths.shape[-1] * block - x.shape[2]
+    if not 0 <= missing < block:
+        raise ValueError(
+            f"{lengths.shape[-1]} blocks of {block} do not fit a sequence of {x.shape[2]} positions; "
+            "give the lengths of the layout that it was put into"
+        )
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    real = torch.arange(block, device=x.device) < lengths[..., None]
+    return x.unflatten(2, (-1, block)), real[..., None]
+
+
+def sample_tokens(lengths: Tensor, block: int, samples: int, *, heads: int, seed: int = 0) -> Tensor:
+    """Draw tokens of each block at random: per head the same places in every block, as far as the block has them.
+
+    The draw depends on nothing but the arguments: it is the same on every device and for every sample of a batch.
+
+    Args:
+        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
+        block: Tokens per block, at least 1.
+        samples: Tokens to draw from a block, at least 1; all of a block that has fewer.
+        heads: Heads to draw for, at least 1.
+        seed: Of the random numbers.
+
+    Returns:
+        ``(B or 1, H, N, min(samples, block))`` int64 positions in the laid out sequence, -1 after the last one.
+
+    Source: Video-BLADE (arXiv 2508.10774), adaptive sparse attention; its code also draws padding.
+    """
+    turn = torch.rand(heads, 1, block, generator=torch.Generator().manual_seed(seed)).to(lengths.device)
+    inside = torch.arange(block, device=lengths.device) < lengths[..., None]
+    turn = turn.expand(inside.shape[0] if inside.ndim == 4 else 1, heads, inside.shape[-2], block)
+    turn, place = turn.masked_fill(~inside, torch.inf).sort(dim=-1, stable=True)
+    starts = torch.arange(place.shape[2], device=lengths.device)[:, None] * block
+    return torch.where(turn < torch.inf, place + starts, -1)[..., :samples]
+
+
+def sampled_scores(q: Tensor, k: Tensor, tokens: Tensor, lengths: Tensor, *, scale: float) -> Tensor:
+    """Estimate how much attention each query block pays to each key block, from a few tokens of each.
+
+    Drawn keys stand for all keys of their block, so that short blocks do not count for more than they hold.
+
+    Args:
+        q: ``(B, H, S_padded, D)`` laid out queries, any float dtype.
+        k: ``(B, H, S_padded, D)`` laid out keys, likewise.
+        tokens: ``(B or 1, H, N, n)`` int64 positions drawn from each block, -1 for none, as of ``sample_tokens``.
+        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block.
+        scale: Softmax scale.
+
+    Returns:
+        ``(B, H, N, N)`` fp32 in [0, 1], every row with a token adds up to 1.
+
+    Source: Video-BLADE (arXiv 2508.10774), adaptive sparse attention.
+    """
+    batch, heads, _, dim = q.shape
+    blocks, drawn = tokens.shape[2:]
+    index = tokens.clamp(min=0).flatten(2)[..., None].expand(batch, heads, -1, dim)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    some_q, some_k = q.gather(2, index).to(dtype) * scale, k.gather(2, index).to(dtype)
+    real = tokens >= 0
+    taken = real.sum(-1, keepdim=True)
+    weight = (lengths[..., None] / taken.clamp(min=1)).to(dtype).log().masked_fill(~real, -torch.inf).flatten(2)
+    out = q.new_empty(batch, heads, blocks, blocks, dtype=dtype)
+    rows = max(1, SCORES_AT_ONCE // (batch * heads * blocks * drawn**2))
+    for start in range(0, blocks, rows):
+        part = slice(start, start + rows)
+        logits = some_q[:, :, start * drawn : (start + rows) * drawn] @ some_k.mT + weight[:, :, None]
+        mass = logits.softmax(-1).unflatten(-1, (blocks, drawn)).sum(-1).unflatten(2, (-1, drawn))
+        mass = mass.masked_fill(~real[:, :, part, :, None], 0).sum(3)
+        out[:, :, part] = mass / taken[:, :, part].clamp(min=1)
+    return out
+
+
+def by_heads(choose: Callable[[slice], Tensor], heads: int, scores: int) -> Tensor:
+    """Choose blocks for a few heads at a time, so that the scores of all heads never exist at once.
+
+    Args:
+        choose: Chooses for the heads in a slice: ``(B, h, Nq, Nk)`` bool.
+        heads: Heads in all, at least 1.
+        scores: Scores that one head takes in all samples, ``B * Nq * Nk``. At most 2^24 are held at a time, or those of
+            one head.
+
+    Returns:
+        ``(B, heads, Nq, Nk)`` bool.
+    """
+    group = max(1, SCORES_AT_ONCE // scores)
+    parts = [choose(slice(first, min(first + group, heads))) for first in range(0, heads, group)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def top_count(density: float, total: int) -> int:
+    """Return how many of ``total`` a density keeps: the nearest whole number, at least 1.
+
+    Args:
+        density: In [0, 1].
+        total: What there is, at least 1.
+    """
+    return min(max(1, math.floor(density * total + 0.5)), total)
+
+
+def keep_top_k(scores: Tensor, count: int) -> Tensor:
+    """Keep the same number of scores in every row, the largest ones; of equal scores, those with the lower index.
+
+    Args:
+        scores: ``(..., N)``, any float dtype.
+        count: How many to keep, in [1, N]; see ``top_count``.
+
+    Returns:
+        ``(..., N)`` bool.
+
+    Raises:
+        ValueError: ``count`` is outside [1, N].
+    """
+    if not 1 <= count <= scores.shape[-1]:
+        raise ValueError(f"count must be in [1, {scores.shape[-1]}], got {count}; top_count turns a density into one")
+    threshold = scores.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = scores > threshold, scores == threshold
+    room = count - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def keep_top_p(scores: Tensor, mass: float, *, min_density: float = 0.0, max_density: float = 1.0) -> Tensor:
+    """Keep, in every row, the fewest scores that hold a share of the row's sum, within bounds on their number.
+
+    The score that crosses the share is kept. Of equal scores, those with the lower index are kept first.
+
+    Args:
+        scores: ``(..., N)`` of at least 0, any float dtype, such as softmax weights.
+        mass: Share to reach, in (0, 1]; 1 keeps all scores but zeros.
+        min_density: Fraction of a row that is kept in any case, in [0, 1]; at least one score is.
+        max_density: Fraction of a row that is kept at most, in [min_density, 1]; at least one score.
+
+    Returns:
+        ``(..., N)`` bool.
+
+    Source: Video-BLADE (arXiv 2508.10774), adaptive sparse attention; its code drops the score that crosses.
+    """
+    total = scores.shape[-1]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    # Summed from the smallest: what a row would lose by ending before each score. Exact where it matters.
+    lost = values.flip(-1).cumsum(-1).flip(-1)
+    place = torch.arange(total, device=scores.device)
+    kept = (lost > (1 - mass) * lost[..., :1]) | (place < top_count(min_density, total))
+    kept &= place < top_count(max_density, total)
+    return torch.empty_like(kept).scatter_(-1, order, kept)
+
+
 def keep_top_fraction(scores: Tensor, density: float) -> Tensor:
     """Keep the largest scores of each map as a whole, so that rows may keep different numbers.
 
-    Scores equal to the smallest one kept are kept too.
+    Of equal scores, those with the lower index are kept, row by row.
 
     Args:
         scores: ``(..., Nq, Nk)``, any float dtype.
@@ -57,12 +257,43 @@ def keep_top_fraction(scores: Tensor, density: float) -> Tensor:
 
     Returns:
         ``(..., Nq, Nk)`` bool.
+
+    Source: DraftAttention (arXiv 2505.14708), whose count of those left out is rounded down.
     """
     flat = scores.flatten(-2)
-    # the count dropped is rounded down, so at least one score is kept
     dropped = min(math.floor((1 - density) * flat.shape[-1] + 1e-6), flat.shape[-1] - 1)
-    threshold = flat.kthvalue(dropped + 1, dim=-1).values
-    return scores >= threshold[..., None, None]
+    return keep_top_k(flat, flat.shape[-1] - dropped).view(scores.shape)
+
+
+def keep_own(blocks: Tensor) -> Tensor:
+    """Add, for each query block, the key block at its own relative position.
+
+    Args:
+        blocks: ``(..., Nq, Nk)`` bool.
+
+    Returns:
+        ``(..., Nq, Nk)`` bool.
+    """
+    num_q, num_k = blocks.shape[-2:]
+    own = torch.arange(num_q, device=blocks.device) * num_k // num_q
+    return blocks | (own[:, None] == torch.arange(num_k, device=blocks.device))
+
+
+def keep_first_frame(blocks: Tensor, layout: TokenLayout, tokens: TokenSpec) -> Tensor:
+    """Add the key blocks that hold a token of the first frame, to which much attention goes.
+
+    Args:
+        blocks: ``(B or 1, H or 1, M, M)`` bool, the video part, in blocks of the layout.
+        layout: The order.
+        tokens: What the sequence is made up of.
+
+    Returns:
+        ``(B or 1, H or 1, M, M)`` bool.
+    """
+    video = layout.index[:, : layout.video_blocks * layout.block] - tokens.video.start
+    first = (video >= 0) & (video < tokens.grid.frame_tokens)
+    first = F.pad(first, (0, -first.shape[-1] % layout.block)).unflatten(-1, (-1, layout.block)).any(-1)
+    return blocks | first[:, None]
 
 
 def keep_text(video_blocks: Tensor, num_q: int, num_k: int) -> Tensor:
