@@ -51,7 +51,7 @@ def measure(pipeline: Any, setting: Setting, prompt: str, seed: int, dense: dict
     with fastdit.sparse_attention(pipeline, setting.method, schedule=setting.schedule, **fields) as handle:
         frames, seconds = make_clip(pipeline, prompt, seed, setting.steps)
         density, overall, attention = handle.density, handle.overall_density, handle.attention_seconds
-    reference, video = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (dense["frames"], frames))
+    reference, video = torch.from_numpy(dense["frames"]), torch.from_numpy(frames)
     return {
         "setting": setting.name,
         "method": setting.method,
