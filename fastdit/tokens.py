@@ -105,6 +105,7 @@ class AttentionCall:
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         key_padding: ``(B, S)`` bool, True where a key is padding and must not be attended to; ``None`` if
             there is no padding. In each sample the real text tokens come before the padded ones.
+        heads: Which heads of the layer q, k and v hold, where several methods share a layer; ``None``: all of them.
     """
 
     tokens: TokenSpec
@@ -115,3 +116,4 @@ class AttentionCall:
     branch: str = "cond"
     scale: float | None = None
     key_padding: Tensor | None = None
+    heads: tuple[int, ...] | None = None
