@@ -133,6 +133,11 @@ class BlockMask:
     @cached_property
     def kept(self) -> Tensor:
         """Return the fraction of real (query, key) pairs that is computed, as a 0-d fp32 tensor in [0, 1]."""
+        return self.kept_by_head.mean().float()
+
+    @cached_property
+    def kept_by_head(self) -> Tensor:
+        """Return the fraction of real (query, key) pairs each head computes: ``(B or 1, H or 1)`` fp64 in [0, 1]."""
         lengths_k = self.lengths_k.double()
         weights = lengths_k[:, :, None].expand(-1, -1, self.num_q, -1)
         shape = torch.broadcast_shapes(weights.shape[:2], self.indices.shape[:2])
@@ -142,7 +147,7 @@ class BlockMask:
         lengths_q = self.lengths_q.double()
         pairs = (keys * lengths_q).sum(-1)
         total = lengths_q.sum(-1) * lengths_k.sum(-1)
-        return (pairs / total.clamp(min=1)).mean().float()
+        return pairs / total.clamp(min=1)
 
     @property
     def density(self) -> float:

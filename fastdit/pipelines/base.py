@@ -41,6 +41,19 @@ class ModelFamily(ABC):
             arguments: The arguments of its forward, by name.
         """
 
+    def output_projection(self, transformer: Module, path: str) -> Module:
+        """Return the linear layer that a self-attention's output goes through.
+
+        Args:
+            transformer: The model.
+            path: Path of the self-attention.
+
+        Returns:
+            A layer with ``in_features``, the first of which are the heads one after the other; others are no attention.
+        """
+        attention: Any = transformer.get_submodule(path)
+        return attention.to_out[0]
+
     def calls(self, arguments: Mapping[str, Any]) -> int:
         """Count the attention calls each self-attention makes in one forward.
 

@@ -28,6 +28,17 @@ class HunyuanVideo(ModelFamily):
         """
         return attentions_of_blocks(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
+    def output_projection(self, transformer: Module, path: str) -> Module:
+        """Return ``to_out`` of a two-stream block; one-stream blocks project attention and MLP together.
+
+        Args:
+            transformer: The model.
+            path: Path of the self-attention.
+        """
+        if path.startswith("single_transformer_blocks."):
+            return transformer.get_submodule(path.rpartition(".")[0]).proj_out
+        return super().output_projection(transformer, path)
+
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
         """Divide the latent by the patch size.
 

@@ -1,0 +1,261 @@
+"""Score candidates on the live attention calls of a pipeline, which goes on with its dense results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..attention import AttentionMethod, BlockMethod, MethodState, Pattern, PatternCache
+from ..attention.dense import Dense
+from ..pipelines.base import find_family
+from ..pipelines.context import RunTracker
+from ..pipelines.intercept import install, installed, uninstall
+from ..pipelines.runtime import Runtime, Settings
+from ..pipelines.targets import require_transformers
+from ..schedule import Schedule
+from ..tokens import AttentionCall
+from .scores import CallScores, Change, Scores, Shape
+from .scoring import Reference, head_density, known_pattern, sampled_recall
+
+_DENSE = Dense()
+
+
+@dataclass(frozen=True)
+class SampledSteps(Schedule):
+    """Leave all but some steps to the model's own attention, untouched.
+
+    Args:
+        choose: From the number of steps of the run to the steps that are sampled.
+    """
+
+    choose: Callable[[int], frozenset[int]] = field(default=lambda steps: frozenset(range(steps)))
+
+    def dense_reason(self, layer: int, num_layers: int, step: int, num_steps: int | None) -> str | None:
+        """Say why a call is left alone, or return ``None`` if it is sampled.
+
+        Args:
+            layer: Not used.
+            num_layers: Not used.
+            step: Step index, from 0.
+            num_steps: Steps of the run.
+
+        Raises:
+            ValueError: ``num_steps`` is unknown.
+        """
+        if num_steps is None:
+            raise ValueError("a search needs to know the number of denoising steps: give it a pipeline, which says so")
+        return None if step in self.choose(num_steps) else "not a sampled step"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe(AttentionMethod):
+    """Attend to everything, and score every candidate on the same queries, keys and values.
+
+    One candidate runs at a time and its result is dropped, so beside the tensors of the call there are ever only the
+    dense output, what one sparse call of the candidate needs, and ``S x D`` fp32 of one head. Of queries, keys, values
+    and outputs nothing outlives the call.
+
+    Args:
+        title: The transformer.
+        candidates: The candidates; the first is dense, and not run.
+        projections: The output projection of each layer.
+        scores: Where the scores go.
+        caches: What each candidate keeps from call to call, its static patterns.
+        kernel: Name of the kernel to use; ``None`` chooses.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
+        advance: Called with 1 after each candidate.
+        alone: Index of the layer that runs sparse by itself, and with which candidate; empty while scores are taken.
+    """
+
+    title: str
+    candidates: Sequence[AttentionMethod]
+    projections: Sequence[Module]
+    scores: Scores
+    caches: Sequence[PatternCache]
+    kernel: str | None = None
+    precision: str | None = None
+    advance: Callable[[int], None] = lambda count: None
+    alone: dict[int, int] = field(default_factory=dict)
+
+    name = "probe"
+
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        """Return the pattern of dense attention.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            call: The call.
+            state: Not used.
+        """
+        return _DENSE.pattern(q, k, call, state)
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Return the dense result, and score every candidate beside it.
+
+        Args:
+            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+            k: ``(B, H, S, D)`` keys, likewise.
+            v: ``(B, H, S, D)`` values.
+            call: The call.
+            state: Takes note of the density, which is 1.
+
+        Returns:
+            ``(B, H, S, D)``, in the dtype of ``q``.
+        """
+        if call.layer in self.alone:
+            return self._run(self.alone[call.layer], q, k, v, call)[0]
+        out = _DENSE.forward(q, k, v, call, state)
+        if not self.alone:
+            self._score(q, k, v, out, call)
+        return out
+
+    def _score(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: AttentionCall) -> None:
+        batch, heads, _, dim = q.shape
+        shape = Shape(
+            layers=call.num_layers,
+            heads=heads,
+            head_dim=dim,
+            batch=batch,
+            tokens=call.tokens,
+            dtype=str(q.dtype).removeprefix("torch."),
+            device=str(q.device),
+        )
+        self.scores.note_shape(self.title, shape)
+        reference = Reference.of(dense, call, self.projections[call.layer])
+        ones = torch.ones(heads, device=q.device)
+        rows = [(0 * ones, 0 * ones, ones, ones)]
+        for index in range(1, len(self.candidates)):
+            method = self.candidates[index]
+            out, state = self._run(index, q, k, v, call)
+            pattern = known_pattern(method, q, k, call, state)
+            recall = torch.nan * ones if pattern is None else sampled_recall(q, k, pattern, call)
+            rows.append((*reference.errors(out), recall, head_density(pattern, call, state, heads)))
+            del out, state, pattern
+            self.advance(1)
+        error, head_error, recall, density = (torch.stack(x).cpu().numpy() for x in zip(*rows, strict=True))
+        self.scores.calls.append(
+            CallScores(self.title, call.step, call.branch, call.layer, error, head_error, recall, density)
+        )
+
+    def _run(self, index: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, MethodState]:
+        method = self.candidates[index]
+        state = MethodState(cache=self.caches[index], kernel=self.kernel, precision=self.precision)
+        try:
+            out = method.forward(q, k, v, call, state)
+            if not method.static and type(method).forward is not BlockMethod.forward:
+                # its first call may be a dense one, from which it learns what later ones leave out
+                state.refresh = False
+                out = method.forward(q, k, v, call, state)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(f"candidate {method!r} cannot run on this model: {error}; leave it out") from error
+        return out, state
+
+
+@contextmanager
+def capturing(
+    pipeline: Any,
+    candidates: Sequence[AttentionMethod],
+    schedule: Schedule,
+    *,
+    kernel: str | None = None,
+    precision: str | None = None,
+    changes: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Iterator[Scores]:
+    """Score candidates while a pipeline makes one video with its own attention.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        candidates: The candidates, the first of which is dense.
+        schedule: Which calls are scored: those that it does not call dense. ``SampledSteps`` picks steps.
+        kernel: Name of the kernel to use; ``None`` chooses.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
+        changes: Whether to measure also what one sparse layer changes of a transformer's output; this takes as many
+            more forward passes as there are layers, at the first pass of each sampled step.
+        advance: Called with 1 after each attention call of a candidate, and with the number of layers after each
+            forward pass.
+
+    Returns:
+        The scores, which fill up.
+
+    Raises:
+        ValueError: Sparse attention is enabled already, or the model is of no family that is known.
+    """
+    transformers = require_transformers(pipeline)
+    if any(installed(transformer) is not None for transformer in transformers.values()):
+        raise ValueError(
+            "sparse attention is enabled on this pipeline; call disable_sparse_attention() before a search"
+        )
+    tracker = RunTracker(pipeline)
+    scores = Scores()
+    hooks = []
+    try:
+        for title, transformer in transformers.items():
+            family = find_family(transformer)
+            modules = family.self_attentions(transformer)
+            probe = Probe(
+                title=title,
+                candidates=candidates,
+                projections=[family.output_projection(transformer, path) for path, _ in modules],
+                scores=scores,
+                caches=[PatternCache() for _ in candidates],
+                kernel=kernel,
+                precision=precision,
+                advance=advance,
+            )
+            runtime = Runtime(family, Settings(probe, schedule), tracker, [path for path, _ in modules], title)
+            install(transformer, runtime, modules)
+            watch = _Watch(runtime, probe, changes)
+            hooks.append(transformer.register_forward_hook(watch.after_forward, with_kwargs=True))
+        yield scores
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for transformer in transformers.values():
+            uninstall(transformer)
+
+
+class _Watch:
+    """Follow the forward passes of a transformer: which steps there are, and what one sparse layer changes of them."""
+
+    def __init__(self, runtime: Runtime, probe: Probe, changes: bool) -> None:
+        self.runtime = runtime
+        self.probe = probe
+        self.changes = changes
+        self.measured: set[int] = set()
+
+    def after_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tracker, scores = self.runtime.tracker, self.probe.scores
+        scores.note_step(self.probe.title, tracker.step, tracker.num_steps)
+        self.probe.advance(len(self.runtime.layers))
+        if not self.changes or tracker.step in self.measured:
+            return
+        self.measured.add(tracker.step)
+        mine = (self.probe.title, tracker.step, tracker.branch)
+        # a layer may make several calls in one pass, one for each sample: the first stands for all
+        calls = {c.layer: c for c in reversed(scores.calls) if (c.title, c.step, c.branch) == mine}
+        for layer, call in sorted(calls.items()):
+            candidate = call.typical_candidate()
+            if candidate is not None:
+                self.probe.alone[layer] = candidate
+                # not the module itself: its hooks would take this for a pass of the pipeline
+                changed = _relative_change(transformer.forward(*args, **kwargs)[0], output[0])
+                del self.probe.alone[layer]
+                scores.changes.append(Change(*mine, layer, candidate, call.layer_error(candidate), changed))
+                self.probe.advance(len(self.runtime.layers))
+
+
+@torch.no_grad()
+def _relative_change(output: Tensor, reference: Tensor) -> float:
+    difference = torch.linalg.vector_norm(output.float() - reference.float())
+    return float(difference / torch.linalg.vector_norm(reference.float()))

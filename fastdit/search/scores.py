@@ -1,0 +1,221 @@
+"""What a capture finds, and the files that keep it: one for each prompt and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tokens import TokenSpec, VideoGrid
+
+VERSION = 1
+DIGITS = 6
+"""Significant digits kept in a file."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Say how large the attention calls of a transformer are.
+
+    Args:
+        layers: Self-attention layers, at least 1.
+        heads: Heads of a layer, at least 1.
+        head_dim: Channels of a head, at least 1.
+        batch: Samples in a call: 2 where guidance is batched.
+        tokens: What a sequence is made up of.
+        dtype: Name of the dtype, such as ``"bfloat16"``.
+        device: Name of the device.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    batch: int
+    tokens: TokenSpec
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class CallScores:
+    """Hold the scores of all candidates at one attention call: arrays ``(candidates, heads)`` fp32, dense first.
+
+    Args:
+        title: The transformer.
+        step: Index of the denoising step.
+        branch: The guidance pass.
+        layer: Index of the layer.
+        error: Norm of a head's error after the output projection, over the norm of the layer's output; at least 0.
+        head_error: Norm of a head's error before it, over the norm of the head's output; at least 0.
+        recall: Attention mass covered, in [0, 1]; NaN where the result is not that of a pattern.
+        density: Fraction of pairs computed, in [0, 1].
+    """
+
+    title: str
+    step: int
+    branch: str
+    layer: int
+    error: Floats
+    head_error: Floats
+    recall: Floats
+    density: Floats
+
+    def layer_error(self, candidate: int) -> float:
+        """Return the relative error of the layer's output if all heads take a candidate, as if heads erred apart.
+
+        Args:
+            candidate: Index of the candidate.
+        """
+        return float(np.sqrt(np.square(self.error[candidate], dtype=np.float64).sum()))
+
+    def typical_candidate(self) -> int | None:
+        """Return the candidate of the median error among those that leave something out; ``None`` if none does."""
+        sparse = np.flatnonzero(self.density.mean(1) < 1)
+        errors = sorted((self.layer_error(int(index)), int(index)) for index in sparse)
+        errors = [pair for pair in errors if 0 < pair[0] < math.inf]
+        return errors[len(errors) // 2][1] if errors else None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Hold what a single sparse layer changed of the output of its transformer.
+
+    Args:
+        title: The transformer.
+        step: Index of the denoising step.
+        branch: The guidance pass.
+        layer: Index of the layer.
+        candidate: Index of the candidate that it ran with.
+        error: Relative error of the layer's output, as its scores say.
+        change: Relative L2 change of the transformer's output.
+    """
+
+    title: str
+    step: int
+    branch: str
+    layer: int
+    candidate: int
+    error: float
+    change: float
+
+
+@dataclass
+class Scores:
+    """Collect the scores of one video.
+
+    Args:
+        calls: The attention calls that were scored.
+        changes: What single sparse layers changed.
+        shapes: The sizes of each transformer's calls.
+        steps: The steps at which each transformer ran.
+        num_steps: Steps of the run; ``None`` before the first.
+    """
+
+    calls: list[CallScores] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    steps: dict[str, list[int]] = field(default_factory=dict)
+    num_steps: int | None = None
+
+    def note_shape(self, title: str, shape: Shape) -> None:
+        """Take note of the sizes of a call.
+
+        Args:
+            title: The transformer.
+            shape: The sizes; of calls with different ones the first count.
+        """
+        self.shapes.setdefault(title, shape)
+
+    def note_step(self, title: str, step: int, num_steps: int | None) -> None:
+        """Take note of a forward pass.
+
+        Args:
+            title: The transformer.
+            step: Index of its step.
+            num_steps: Steps of the run.
+        """
+        self.num_steps = num_steps
+        steps = self.steps.setdefault(title, [])
+        if step not in steps:
+            steps.append(step)
+
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Write a file, under a name of its own until it is whole.
+
+        Args:
+            path: The file.
+            settings: What the scores depend on, as JSON values.
+        """
+        content = {
+            "version": VERSION,
+            "settings": settings,
+            "num_steps": self.num_steps,
+            "steps": self.steps,
+            "shapes": {title: asdict(shape) for title, shape in self.shapes.items()},
+            "changes": [asdict(change) for change in self.changes],
+            "calls": [{**vars(call), **{name: _plain(getattr(call, name)) for name in _ARRAYS}} for call in self.calls],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            partial.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, settings: Mapping[str, Any]) -> Scores | None:
+        """Read a file, if it is there, whole, and of the same settings; a damaged one is named in a warning.
+
+        Args:
+            path: The file.
+            settings: What the scores must depend on.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] != VERSION or content["settings"] != json.loads(json.dumps(settings)):
+                return None
+            shapes = {}
+            for title, values in content["shapes"].items():
+                tokens = TokenSpec(**{**values["tokens"], "grid": VideoGrid(**values["tokens"]["grid"])})
+                shapes[title] = Shape(**{**values, "tokens": tokens})
+            calls = [
+                CallScores(**{**call, **{name: np.array(call[name], np.float32) for name in _ARRAYS}})
+                for call in content["calls"]
+            ]
+            changes = [Change(**change) for change in content["changes"]]
+            return cls(calls, changes, shapes, content["steps"], content["num_steps"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"the scores in {path} cannot be used and are taken again: {error!r}", stacklevel=2)
+            return None
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return a short name for settings: 16 hexadecimal digits of their SHA-256.
+
+    Args:
+        settings: JSON values.
+    """
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_ARRAYS = ("error", "head_error", "recall", "density")
+
+
+def _plain(values: Floats) -> list[list[float | None]]:
+    # JSON has neither NaN nor infinity; an error that is no number comes back as NaN, and its candidate is not used
+    return [[float(f"{x:.{DIGITS}g}") if math.isfinite(x) else None for x in row] for row in values.tolist()]

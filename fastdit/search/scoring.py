@@ -1,0 +1,192 @@
+"""How far a sparse result is from the dense one, head by head: errors, mass covered, density."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import pad
+
+from ..attention import AttentionMethod, BlockMethod, MethodState, Pattern
+from ..tokens import AttentionCall
+
+RECALL_ROWS = 32
+"""Queries of a head whose softmax is computed for its recall."""
+
+_TOKENS = 1024
+_GOLDEN = 0.6180339887498949
+_EYE = 64.0
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Hold what results are compared with: the dense output of one call.
+
+    Args:
+        out: ``(B, H, S, D)``, in the model's own token order.
+        call: The call.
+        projection: ``(H, D, D)`` fp32, for each head the Gram matrix of its rows of the output projection.
+        energy: ``(H,)`` fp32, squared norm of each head's output.
+        projected_energy: Squared norm of the layer's output, all heads projected and added up; 0-d fp32.
+    """
+
+    out: Tensor
+    call: AttentionCall
+    projection: Tensor
+    energy: Tensor
+    projected_energy: Tensor
+
+    @classmethod
+    def of(cls, out: Tensor, call: AttentionCall, linear: Module) -> Reference:
+        """Measure a dense output. Only video tokens count: what attends to text or is text may be projected elsewhere.
+
+        Args:
+            out: ``(B, H, S, D)``.
+            call: The call.
+            linear: The output projection, as ``ModelFamily.output_projection`` returns it.
+        """
+        video = out[:, :, call.tokens.video]
+        energy = _grams(video).diagonal(dim1=1, dim2=2).sum(-1)
+        return cls(out, call, head_grams(linear, out), energy, projected_energy(linear, video))
+
+    def errors(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Measure how far another output is from the dense one.
+
+        Args:
+            out: ``(B, H, S, D)``.
+
+        Returns:
+            Two ``(H,)`` fp32: the norm of each head's error after the output projection, relative to the norm of the
+            layer's output, and the norm of each head's error before it, relative to the norm of the head's output.
+        """
+        video = self.call.tokens.video
+        grams = _grams(out[:, :, video], self.out[:, :, video])
+        # rounding can leave a trace of nothing below zero
+        projected = (grams * self.projection).sum((1, 2)).clamp(min=0) / self.projected_energy.clamp(min=_TINY)
+        own = grams.diagonal(dim1=1, dim2=2).sum(-1) / self.energy.clamp(min=_TINY)
+        return projected.sqrt(), own.sqrt()
+
+
+def head_grams(linear: Module, like: Tensor) -> Tensor:
+    """Return ``W W^T`` of each head's rows ``W`` of a projection, ``(H, D, D)`` fp32.
+
+    The norm of ``X W`` is the root of ``trace(X^T X W W^T)``, so that no ``S x d_model`` tensor is needed. The rows are
+    read by sending unit vectors through the layer: it may be quantised, offloaded, or have adapters.
+
+    Args:
+        linear: The projection; its first ``H * D`` inputs are the heads.
+        like: ``(B, H, S, D)``, for sizes, dtype and device.
+    """
+    heads, dim = like.shape[1], like.shape[3]
+    grams = torch.empty(heads, dim, dim, device=like.device)
+    for head in range(heads):
+        # large against the bias, whose rounding would show otherwise
+        unit = torch.eye(dim, device=like.device, dtype=like.dtype) * _EYE
+        rows = _project(linear, pad(unit, (head * dim, (heads - head - 1) * dim))).float() / _EYE
+        grams[head] = rows @ rows.T
+    return grams
+
+
+def projected_energy(linear: Module, x: Tensor) -> Tensor:
+    """Return the squared norm of an output after its projection, without the bias, 0-d fp32.
+
+    Args:
+        linear: The projection; its first ``H * D`` inputs are the heads.
+        x: ``(B, H, S, D)``.
+    """
+    total = torch.zeros((), device=x.device)
+    for part in x.split(_TOKENS, dim=2):
+        total += _project(linear, part.transpose(1, 2).flatten(2)).float().square().sum()
+    return total
+
+
+def sampled_recall(q: Tensor, k: Tensor, pattern: Pattern, call: AttentionCall, rows: int = RECALL_ROWS) -> Tensor:
+    """Measure the attention mass that a pattern covers, as a mean over some video queries, ``(H,)`` fp32 in [0, 1].
+
+    Args:
+        q: ``(B, H, S, D)`` queries, in the model's own token order.
+        k: ``(B, H, S, D)`` keys, likewise.
+        pattern: The pattern.
+        call: The call.
+        rows: Queries to look at, at least 1, spread over the video.
+    """
+    _, heads, _, dim = q.shape
+    mask, inverse = pattern.mask, pattern.layout.inverse
+    video = call.tokens.video
+    count = video.stop - video.start
+    # steps of the golden ratio fall on all rows and columns of any grid
+    spread = (torch.arange(min(rows, count), dtype=torch.float64) * _GOLDEN) % 1
+    sample = torch.arange(count) if rows >= count else (spread * count).long()
+    sample = (sample + video.start).to(q.device)
+    scale = dim**-0.5 if call.scale is None else call.scale
+    recall = torch.empty(heads, device=q.device)
+    for head in range(heads):
+        scores = q[:, head, sample].float() @ k[:, head].float().mT * scale
+        if call.key_padding is not None:
+            scores = scores.masked_fill(call.key_padding[:, None], -torch.inf)
+        position = inverse[head if len(inverse) > 1 else 0]
+        blocks = _listed(pattern, head, position[sample] // mask.block_q)
+        kept = blocks[:, :, position // mask.block_k]
+        recall[head] = (scores.softmax(-1) * kept).sum(-1).mean()
+    return recall
+
+
+def known_pattern(method: AttentionMethod, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Any:
+    """Return the pattern that a method has just computed, or ``None`` where the result is not that of a pattern.
+
+    Args:
+        method: The method, whose ``forward`` has run.
+        q: ``(B, H, S, D)`` queries of that call.
+        k: ``(B, H, S, D)`` keys of that call.
+        call: The call.
+        state: The state that it ran with.
+    """
+    if method.static:
+        return state.resolve(method, q, k, call) if type(method).forward is BlockMethod.forward else None
+    return state.pattern
+
+
+def head_density(pattern: Pattern | None, call: AttentionCall, state: MethodState, heads: int) -> Tensor:
+    """Return the fraction of pairs that each head has computed, ``(H,)`` in [0, 1].
+
+    Args:
+        pattern: The pattern computed, or ``None``.
+        call: The call.
+        state: The state that the method ran with.
+        heads: Heads, at least 1.
+
+    Raises:
+        ValueError: The method did not say what it computed.
+    """
+    if pattern is not None:
+        return state.mask(pattern, call).kept_by_head.mean(0).float().expand(heads)
+    if state.kept is None:
+        raise ValueError("the method left no density in state.kept: its forward has to")
+    return state.kept.float().expand(heads)
+
+
+def _listed(pattern: Pattern, head: int, query_blocks: Tensor) -> Tensor:
+    mask = pattern.mask
+    head = head if mask.indices.shape[1] > 1 else 0
+    index, counts = mask.indices[:, head, query_blocks].long(), mask.counts[:, head, query_blocks]
+    listed = torch.arange(index.shape[-1], device=index.device) < counts[..., None]
+    blocks = torch.zeros(*index.shape[:2], mask.num_k + 1, dtype=torch.bool, device=index.device)
+    return blocks.scatter_(2, torch.where(listed, index, mask.num_k), True)[..., : mask.num_k]
+
+
+def _grams(x: Tensor, minus: Tensor | None = None) -> Tensor:
+    grams = torch.empty(x.shape[1], x.shape[3], x.shape[3], device=x.device)
+    for head in range(x.shape[1]):
+        rows = x[:, head].float() if minus is None else x[:, head].float() - minus[:, head].float()
+        rows = rows.flatten(0, 1)
+        grams[head] = rows.T @ rows
+    return grams
+
+
+def _project(linear: Any, x: Tensor) -> Tensor:
+    x = pad(x, (0, linear.in_features - x.shape[-1]))
+    return linear(x) - linear(torch.zeros_like(x[..., :1, :]))
