@@ -15,11 +15,27 @@ TEXTS = [(0, False), (11, True), (11, False)]
 
 # Fields that make a method keep every block, for methods whose density field does not say so.
 EVERYTHING = {"radial": {"decay": 1e6, "min_band": 1}, "dense": {}}
-SMALL = {"radial": {"block_size": 16}, "draft": {"tile": (1, 4, 4)}}
+SMALL = {
+    "radial": {"block_size": 16},
+    "draft": {"tile": (1, 4, 4)},
+    "adaspa": {"block_size": 16},
+    "sla": {"block_size": 16},
+}
+# Functions (q, k, call, fields) -> fields for methods that are made for the queries and keys of a test.
+PREPARE = {}
 
 
-def small(name, **fields):
-    return get_method(name, **{**SMALL.get(name, {}), **fields})
+def small(name, q, k, call, **fields):
+    fields = {**SMALL.get(name, {}), **fields}
+    return get_method(name, **(PREPARE[name](q, k, call, fields) if name in PREPARE else fields))
+
+
+def chosen(method, q, k, call):
+    """A state in which the pattern is made already: the call that makes it may compute more than that (adaspa)."""
+    state = MethodState()
+    pattern = state.resolve(method, q, k, call)
+    state.refresh = False
+    return pattern, state
 
 
 def qkv(spec, batch=1, heads=3, dim=16, dtype=torch.float32):
@@ -44,7 +60,8 @@ def name(request):
 
 
 def test_methods_are_frozen_dataclasses_that_round_trip(name):
-    method = small(name)
+    call = AttentionCall(TokenSpec(VideoGrid(3, 4, 5)))
+    method = small(name, *list(qkv(call.tokens))[:2], call)
     assert isinstance(method, AttentionMethod) and method_class(name) is type(method) and method.name == name
     again = get_method(name, **dataclasses.asdict(method))
     assert again == method and hash(again) == hash(method)
@@ -57,9 +74,9 @@ def test_methods_are_frozen_dataclasses_that_round_trip(name):
 def test_forward_is_attention_of_the_pattern(name, grid, text, poisoned_empty):
     call = AttentionCall(TokenSpec(grid, *text))
     q, k, v = qkv(call.tokens, batch=2)
-    method, state = small(name), MethodState()
+    method = small(name, q, k, call)
+    pattern, state = chosen(method, q, k, call)
     out = method.forward(q, k, v, call, state)
-    pattern = method.pattern(q, k, call, MethodState())
     torch.testing.assert_close(out, reference(q, k, v, pattern), rtol=1e-4, atol=1e-5)
     assert float(state.kept) == pytest.approx(pattern.density, rel=1e-6)
 
@@ -69,9 +86,10 @@ def test_forward_is_attention_of_the_pattern(name, grid, text, poisoned_empty):
 def test_keeping_everything_equals_dense(name, grid, text):
     call = AttentionCall(TokenSpec(grid, *text), scale=0.3)
     q, k, v = qkv(call.tokens)
-    method = small(name, **EVERYTHING.get(name, {"density": 1.0}))
-    out = method.forward(q, k, v, call, MethodState())
-    assert method.pattern(q, k, call, MethodState()).density == pytest.approx(1)
+    method = small(name, q, k, call, **EVERYTHING.get(name, {"density": 1.0}))
+    pattern, state = chosen(method, q, k, call)
+    out = method.forward(q, k, v, call, state)
+    assert pattern.density == pytest.approx(1)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, scale=0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -79,7 +97,7 @@ def test_keeping_everything_equals_dense(name, grid, text):
 def test_text_is_dense_and_every_query_attends(name, text):
     call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11), *text))
     q, k, _ = qkv(call.tokens)
-    pattern = small(name).pattern(q, k, call, MethodState())
+    pattern = small(name, q, k, call).pattern(q, k, call, MethodState())
     blocks = pattern.mask.to_dense()
     video = pattern.layout.video_blocks
     assert blocks[..., video:, :].all() and blocks[..., :, video:].all()
@@ -95,9 +113,9 @@ def test_padded_text_is_never_attended_to(name, text_first):
     for sample, real in enumerate([5, 18]):
         padding[sample, spec.text.start + real : spec.text.stop] = True
     call = AttentionCall(spec, key_padding=padding)
-    method, state = small(name), MethodState()
+    method = small(name, q, k, call)
+    pattern, state = chosen(method, q, k, call)
     out = method.forward(q, k, v, call, state)
-    pattern = method.pattern(q, k, call, MethodState())
     torch.testing.assert_close(out, reference(q, k, v, pattern, padding), rtol=1e-4, atol=1e-5)
     k = k.masked_fill(padding[:, None, :, None], 1e4)
     v = v.masked_fill(padding[:, None, :, None], float("nan"))
@@ -113,7 +131,7 @@ def test_density_is_what_was_asked_for(name, density):
         return
     call = AttentionCall(TokenSpec(VideoGrid(6, 16, 16)))
     q, k, _ = qkv(call.tokens)
-    pattern = small(name, density=density).pattern(q, k, call, MethodState())
+    pattern = small(name, q, k, call, density=density).pattern(q, k, call, MethodState())
     assert pattern.density == pytest.approx(density, abs=0.02)
 
 
@@ -129,8 +147,9 @@ def test_density_outside_its_range(name, density):
 
 def test_patterns_are_reused_as_they_may_be(name):
     spec = TokenSpec(VideoGrid(3, 9, 11))
-    method, state = small(name), MethodState()
+    state = MethodState()
     q, k, _ = qkv(spec)
+    method = small(name, q, k, AttentionCall(spec))
     first = state.resolve(method, q, k, AttentionCall(spec))
     state.refresh = False
     assert state.resolve(method, *list(qkv(spec))[:2], AttentionCall(spec, step=1)) is first
@@ -142,10 +161,12 @@ def test_patterns_are_reused_as_they_may_be(name):
 
 
 def test_a_pattern_of_another_video_is_not_reused(name):
-    method, state = small(name), MethodState(refresh=False)
+    state = MethodState(refresh=False)
     for grid, batch in [(VideoGrid(2, 8, 12), 2), (VideoGrid(2, 12, 8), 2), (VideoGrid(2, 12, 8), 1)]:
         call = AttentionCall(TokenSpec(grid))
         q, k, v = qkv(call.tokens, batch=batch)
+        method = small(name, q, k, call)
+        state.resolve(method, q, k, call)
         out = method.forward(q, k, v, call, state)
         expected = reference(q, k, v, method.pattern(q, k, call, MethodState()))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -154,7 +175,7 @@ def test_a_pattern_of_another_video_is_not_reused(name):
 def test_selection_is_deterministic(name):
     call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11)))
     q, k, _ = qkv(call.tokens)
-    method = small(name)
+    method = small(name, q, k, call)
     one, two = (method.pattern(q, k, call, MethodState()).mask.to_dense() for _ in range(2))
     assert torch.equal(one, two)
 
@@ -162,9 +183,9 @@ def test_selection_is_deterministic(name):
 def test_gradients_flow(name):
     call = AttentionCall(TokenSpec(VideoGrid(2, 5, 7), 3))
     q, k, v = (x.requires_grad_() for x in qkv(call.tokens))
-    method = small(name)
-    pattern = method.pattern(q.detach(), k.detach(), call, MethodState())
-    method.forward(q, k, v, call, MethodState()).square().sum().backward()
+    method = small(name, q.detach(), k.detach(), call)
+    pattern, state = chosen(method, q, k, call)
+    method.forward(q, k, v, call, state).square().sum().backward()
     got = [x.grad.clone() for x in (q, k, v)]
     for x in (q, k, v):
         x.grad = None
@@ -176,7 +197,8 @@ def test_gradients_flow(name):
 def test_half_precision_selects_in_single(name):
     call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11)))
     q, k, v = qkv(call.tokens, dtype=torch.bfloat16)
-    out = small(name).forward(q, k, v, call, MethodState())
+    method = small(name, q, k, call)
+    out = method.forward(q, k, v, call, chosen(method, q, k, call)[1])
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,12 +29,12 @@ class PatternCache:
 
     Args:
         entries: What is kept, by key, the latest last.
-        shortened: Masks without padded keys, by the identity of their pattern, for one forward pass.
+        shortened: Masks without padded keys, by the mask that has them, for as long as that lives.
         padding: The padding they are for, ``(B, S)`` bool.
     """
 
     entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
-    shortened: dict[int, tuple[Pattern, BlockMask]] = field(default_factory=dict)
+    shortened: WeakKeyDictionary[BlockMask, BlockMask] = field(default_factory=WeakKeyDictionary)
     padding: Tensor | None = None
 
     def static(self, key: Hashable, build: Callable[[], Entry]) -> Entry:
@@ -51,19 +52,19 @@ class PatternCache:
         return self.entries[key]
 
     def without_padding(self, pattern: Pattern, padding: Tensor) -> BlockMask:
-        """Return a pattern's mask with padded keys taken out, computed once per pattern and forward pass.
+        """Return a pattern's mask with padded keys taken out, computed once for each mask and padding.
 
         Args:
             pattern: The pattern.
-            padding: ``(B, S)`` bool, True where a key is padding; the same tensor object for one forward pass.
+            padding: ``(B, S)`` bool, True where a key is padding; as long as it stays the same, the same tensor object.
         """
         if self.padding is not padding:
             self.shortened.clear()
             self.padding = padding
-        if id(pattern) not in self.shortened:
+        if pattern.mask not in self.shortened:
             lengths = pattern.layout.lengths_without(padding, pattern.mask.block_k)
-            self.shortened[id(pattern)] = (pattern, pattern.mask.with_lengths_k(lengths))
-        return self.shortened[id(pattern)][1]
+            self.shortened[pattern.mask] = pattern.mask.with_lengths_k(lengths)
+        return self.shortened[pattern.mask]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -1,0 +1,157 @@
+"""AdaSpa: the exact attention map of an early step says which blocks matter in later ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import TokenLayout
+from ..tokens import AttentionCall
+from .base import Pattern, check_density, register
+from .kernels import block_sparse_attention
+from .mass import block_mass
+from .ordered import OrderedMethod, pattern_of
+from .select import keep_top_k, top_count
+from .state import MethodState
+
+
+@register("adaspa")
+@dataclass(frozen=True, kw_only=True)
+class AdaSpa(OrderedMethod):
+    """Attend to the blocks with the largest exact attention mass, searched for at few steps and kept in between.
+
+    The first search of a video is a full attention, which is the result of that call, and a second pass over queries
+    and keys that sums the attention map over blocks. Later searches reuse the log-sum-exp of the first, which changes
+    little from step to step, and are the second pass alone. The schedule says when to search; the paper's
+    is ``Schedule(warmup_steps=10, refresh_steps=(10, 30))`` for 50 steps.
+
+    In each head every row of blocks keeps the same number of key blocks, those with the largest mass per key, so
+    that a block cut off at the end competes by what its keys weigh.
+
+    Args:
+        density: Fraction of block pairs to keep on average over the heads, in (0, 1]; text comes on top.
+        adaptive: Whether heads whose kept blocks hold more than ``recall_threshold`` of the mass give half of their
+            blocks to as many heads whose blocks hold least. At most half of the heads give.
+        recall_threshold: Fraction of the attention mass, in [0, 1].
+
+    Raises:
+        ValueError: ``density`` or ``recall_threshold`` is out of range.
+
+    Source: AdaSpa (arXiv 2502.21079): its search with cached log-sum-exp and its head-adaptive budgets.
+    """
+
+    density: float = 0.2
+    adaptive: bool = True
+    recall_threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_density(self.density)
+        if not isinstance(self.recall_threshold, (int, float)) or not 0 <= self.recall_threshold <= 1:
+            raise ValueError(
+                f"recall_threshold must be in [0, 1], got {self.recall_threshold!r}; the paper's is 0.8, "
+                "and adaptive=False gives all heads the same density"
+            )
+
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        """Keep the heaviest blocks of each row, by the log-sum-exp remembered or, without one, by that of this call.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            call: The call.
+            state: Keeps the log-sum-exp, 4 bytes for each query and head.
+        """
+        layout = self.layout(call, q.device, state)
+        q, k = layout.apply(q), layout.apply(k)
+        lse = _remembered(q, call, state)
+        if lse is None:
+            _, lse = self._attend(q, k, k, layout, call, state)
+        lengths = layout.lengths()[None] if call.key_padding is None else layout.lengths_without(call.key_padding)
+        mass = block_mass(
+            q,
+            k,
+            lse,
+            scale=q.shape[-1] ** -0.5 if call.scale is None else call.scale,
+            block=self.block_size,
+            lengths_q=lengths,
+            lengths_k=lengths,
+        )
+        video = layout.video_blocks
+        total, mass = mass.sum((-1, -2)), mass[..., :video, :video]
+        scores = mass / lengths[..., None, :video]
+        base = top_count(self.density, video)
+        blocks = keep_top_k(scores, base)
+        if not self.adaptive:
+            return pattern_of(layout, blocks, max_count=base)
+        recall = 1 - mass.masked_fill(blocks, 0).sum((-1, -2)) / total
+        level = levels(recall, self.recall_threshold)[..., None, None]
+        step = min(base // 2, video - base)  # what there is to get, above a density of 2/3
+        blocks = torch.where(level < 0, keep_top_k(scores, base - step), blocks)
+        blocks = torch.where(level > 0, keep_top_k(scores, base + step), blocks)
+        return pattern_of(layout, blocks, max_count=base + step)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Compute the attention of the pattern; at the first search of a video, full attention.
+
+        Args:
+            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+            k: ``(B, H, S, D)`` keys, likewise.
+            v: ``(B, H, S, D)`` values.
+            call: The call.
+            state: What this layer remembers.
+
+        Returns:
+            ``(B, H, S, D)``, in the dtype of ``q``.
+        """
+        layout = self.layout(call, q.device, state)
+        if _remembered(q, call, state) is not None:
+            return super().forward(q, k, v, call, state)
+        laid_q, laid_k, laid_v = state.measure("order", q.device, lambda: [layout.apply(x) for x in (q, k, v)])
+        out, _ = self._attend(laid_q, laid_k, laid_v, layout, call, state)
+        state.pattern = None
+        state.resolve(self, q, k, call)
+        return state.measure("order", q.device, lambda: layout.undo(out))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, call: AttentionCall, state: MethodState
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to everything, remember the log-sum-exp, return the output and it: ``(B, H, S, D)``, ``(B, H, S)``."""
+        video = layout.video_blocks
+        every = pattern_of(layout, torch.ones(video, video, dtype=torch.bool, device=q.device), max_count=video)
+        mask = state.mask(every, call)
+        state.kept = mask.kept
+        out, lse = block_sparse_attention(
+            q, k, v, mask, scale=call.scale, kernel=state.kernel, precision=state.precision
+        )
+        state.memory["lse"] = (call.tokens, lse.detach())
+        return out, lse.detach()
+
+
+def _remembered(q: Tensor, call: AttentionCall, state: MethodState) -> Tensor | None:
+    tokens, lse = state.memory.get("lse", (None, None))
+    fits = lse is not None and tokens == call.tokens and lse.shape[:2] == q.shape[:2] and lse.device == q.device
+    return lse if fits else None
+
+
+def levels(recall: Tensor, threshold: float) -> Tensor:
+    """Let heads that need fewer blocks give some, and as many heads that hold least get them.
+
+    The paper's sparsities (1 + s) / 2 for those that give and (3 s - 1) / 2 for those that get are, as densities
+    with d = 1 - s, d / 2 and 3/2 d: one step of d / 2 down and up, which leaves the average over the heads as it is.
+
+    Args:
+        recall: ``(B, H)`` share of the attention mass that the kept blocks hold, in [0, 1].
+        threshold: The recall above which a head gives, in [0, 1]; at most half of the heads do, those with the largest.
+
+    Returns:
+        ``(B, H)`` int64: -1 for a head that gives, 1 for one that gets, 0 for the others.
+
+    Source: AdaSpa (arXiv 2502.21079), head-adaptive hierarchical block sparsity.
+    """
+    heads = recall.shape[-1]
+    givers = (recall > threshold).sum(-1, keepdim=True).clamp(max=heads // 2)
+    place = recall.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (place >= heads - givers).long() - (place < givers).long()
