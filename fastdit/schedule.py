@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -107,6 +110,41 @@ def _is_step(value: object) -> bool:
     if isinstance(value, float):
         return 0 <= value <= 1
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def step_bucket(edges: Sequence[float], step: int, num_steps: int | None) -> int:
+    """Return the index of the bucket that a step is in, by the middle of the step.
+
+    Args:
+        edges: Ends of the buckets as fractions of the run, ascending, the last one 1.
+        step: Index of the step, from 0.
+        num_steps: Steps of the run; ``None`` if unknown.
+
+    Raises:
+        ValueError: There are several buckets, and ``num_steps`` is unknown.
+    """
+    if len(edges) == 1:
+        return 0
+    if num_steps is None:
+        raise ValueError(
+            f"which of {len(edges)} step buckets a call is in depends on the number of denoising steps, and nobody "
+            "said how many there are: call the pipeline rather than the bare transformer, or use a plan with one bucket"
+        )
+    return min(bisect_right(edges, (step + 0.5) / num_steps), len(edges) - 1)
+
+
+def check_edges(edges: Sequence[float]) -> None:
+    """Check the ends of step buckets.
+
+    Args:
+        edges: Fractions of the run in (0, 1], ascending, the last one 1.
+
+    Raises:
+        ValueError: They are not.
+    """
+    numbers = all(isinstance(edge, (int, float)) and not isinstance(edge, bool) for edge in edges)
+    if not numbers or not edges or edges[-1] != 1 or any(a >= b for a, b in itertools.pairwise((0, *edges))):
+        raise ValueError(f"edges of step buckets must be fractions ascending to 1, such as (0.2, 1), got {edges!r}")
 
 
 def _known(num_steps: int | None, name: str) -> int:
