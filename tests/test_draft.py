@@ -81,6 +81,28 @@ def test_tiles_become_blocks():
     assert sorted({(int(t) // 10, int(t) % 10) for t in first}) == [(h, w) for h in range(4) for w in range(6)]
 
 
+@pytest.mark.parametrize("tile", [(1, 8, 16), (2, 7, 9), (4, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "text"), [((21, 30, 52), 0), ((21, 45, 80), 0), ((13, 30, 45), 226)], ids=lambda x: str(x)
+)
+def test_patterns_of_real_sizes(shape, text, tile):
+    spec = TokenSpec(VideoGrid(*shape), text, text_first=True)
+    q, k = torch.randn(2, 1, 2, spec.num_tokens, 4)
+    pattern = get_method("draft", density=0.2, tile=tile).pattern(q, k, AttentionCall(spec), MethodState())
+    blocks, video = pattern.mask.to_dense(), pattern.layout.video_blocks
+    sizes = tile_sizes(spec.grid, tile)
+    assert video == len(sizes) == math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True))
+    assert torch.equal(pattern.mask.lengths_q[0, 0, :video], sizes.int())
+    assert int(pattern.mask.lengths_q.sum()) == int(pattern.mask.lengths_k.sum()) == spec.num_tokens
+    assert blocks[:, :, video:].all() and blocks[..., video:].all()
+    kept = blocks[:, :, :video, :video].sum((-1, -2))
+    assert (kept >= math.ceil(0.2 * video**2)).all() and (kept <= math.ceil(0.2 * video**2) + video).all()
+    for tile_number in (0, video // 2, video - 1):  # the blocks are the tiles
+        held = pattern.layout.index[0].split(pattern.layout.block)[tile_number]
+        axes = torch.unravel_index(held[held >= 0] - spec.video.start, shape)
+        assert math.prod(int(axis.amax() - axis.amin()) + 1 for axis in axes) == int(sizes[tile_number])
+
+
 def test_ties_do_not_add_to_the_density():
     """Equal scores are no reason to keep more; each tile keeps one in any case."""
     spec = TokenSpec(VideoGrid(2, 16, 16))

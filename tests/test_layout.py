@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.attention import MethodState
 from fastdit.attention.ordered import OrderedMethod, pattern_of
@@ -55,6 +56,45 @@ def test_parts_start_on_block_borders_and_padding_ends_blocks(grid, text):
                 real = block[block >= 0]
                 assert (block[: len(real)] >= 0).all(), "padding comes last in a block"
                 assert (is_text[real] == (number >= layout.video_blocks)).all(), "text has its own blocks"
+
+
+class Writes(TorchDispatchMode):
+    """Note the operations that write something."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(argument.alias_info is None or argument.alias_info.is_write for argument in func._schema.returns):
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(("text", "padded"), [(0, False), (7, True)])
+def test_tokens_are_copied_once(heads, text, padded):
+    """One gather; padding is filled in where it is, without a pass over everything."""
+    spec = TokenSpec(VideoGrid(2, 3, 7), text)
+    layout = TokenLayout.build(spec, block=16, order=torch.stack([torch.randperm(42) for _ in range(heads)]))
+    x = torch.randn(2, 3, spec.num_tokens, 4)
+    laid_out = layout.apply(x)
+    gather = "index_select" if heads == 1 else "gather"
+    with Writes() as writes:
+        layout.apply(x)
+        assert writes.seen == ([gather, "index_fill_"] if padded else [gather])
+        layout.undo(laid_out)
+        assert writes.seen[-1] == gather and len(writes.seen) == 2 + padded
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_gradients_pass_through(heads):
+    spec = TokenSpec(VideoGrid(2, 3, 7), 7, text_first=True)
+    layout = TokenLayout.build(spec, block=16, order=torch.stack([torch.randperm(42) for _ in range(heads)]))
+    x = torch.randn(2, 3, 49, 4, requires_grad=True)
+    weight = torch.randn(2, 3, layout.padded_tokens, 4)
+    (layout.apply(x) * weight).sum().backward()
+    assert torch.equal(x.grad, layout.undo(weight))
 
 
 def test_identity_copies_nothing():

@@ -175,7 +175,8 @@ def test_sampled_scores_are_the_mass_of_the_drawn_tokens(spec, samples, monkeypa
     for b, h in itertools.product(range(2), range(2)):
         drawn = [[t for t in row if t >= 0] for row in tokens[0, h].tolist()]
         weights = [[int(lengths[b, h, n]) / len(row)] * len(row) for n, row in enumerate(drawn)]
-        index, weight = (list(itertools.chain(*rows)) for rows in (drawn, weights))
+        index = torch.tensor(list(itertools.chain(*drawn)))
+        weight = list(itertools.chain(*weights))
         logits = k[b, h, index].double() @ q[b, h, index].double().T * 0.7
         mass = logits.exp() * torch.tensor(weight, dtype=torch.float64)[:, None]
         mass = (mass / mass.sum(0)).T

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import TokenLayout
-from ..mask import BlockMask
 from ..tokens import AttentionCall, VideoGrid
-from .base import BlockMethod, Pattern, check_block_size, register
-from .select import keep_text
+from .base import Pattern, register
+from .ordered import OrderedMethod, pattern_of
 from .state import MethodState
+
+COUNTS_AT_ONCE = 1 << 22
 
 
 @register("radial")
 @dataclass(frozen=True, kw_only=True)
-class Radial(BlockMethod):
+class Radial(OrderedMethod):
     """Attend fully to the same and the neighbouring frames, and in ever narrower bands to frames further away.
 
     Each doubling of the distance between two frames halves the band; where it would fall below ``min_band`` tokens,
@@ -27,7 +28,8 @@ class Radial(BlockMethod):
 
     On grids whose frames are a multiple of the block this is the mask of the released code, which differs from the
     paper's formula (bands are never narrower than a block, and ``decay`` does not thin frame pairs). On any other
-    grid the same rule is applied to each part of a block that lies in one frame.
+    grid the same rule is applied to each part of a block that lies in one frame. In another order than raster, it is
+    applied to the tokens of the two blocks as a whole.
 
     Args:
         decay: Factor on the band width of frames two or more apart, above 0. The released presets use 0.2 (Wan 2.1),
@@ -38,7 +40,7 @@ class Radial(BlockMethod):
             128 in the released code, whatever the block size; 1 leaves no frame pair out.
 
     Raises:
-        ValueError: ``decay`` is not above 0, ``block_size`` is none of those, or ``min_band`` is below 1.
+        ValueError: ``decay`` is not above 0, or ``min_band`` is below 1.
 
     Source: Radial Attention (arXiv 2506.19852), section 4, and its released code.
     """
@@ -54,8 +56,7 @@ class Radial(BlockMethod):
         super().__post_init__()
         if not (isinstance(self.decay, (int, float)) and 0 < self.decay < math.inf):
             raise ValueError(f"decay must be a number above 0, got {self.decay!r}; 0.2 to 1 is usual")
-        check_block_size("block_size", self.block_size)
-        if isinstance(self.min_band, bool) or not isinstance(self.min_band, int) or self.min_band < 1:
+        if type(self.min_band) is not int or self.min_band < 1:
             raise ValueError(f"min_band must be a number of tokens of at least 1, got {self.min_band!r}")
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
@@ -65,26 +66,20 @@ class Radial(BlockMethod):
             q: ``(B, H, S, D)`` queries; only their device matters.
             k: ``(B, H, S, D)`` keys; not used.
             call: The call.
-            state: Not used.
+            state: Keeps the layout.
         """
-        layout = TokenLayout.build(call.tokens, block=self.block_size, device=q.device)
+        grid, layout = call.tokens.grid, self.layout(call, q.device, state)
+        in_raster = self.order in ("raster", "fhw")
         blocks = radial_blocks(
-            call.tokens.grid,
+            grid,
             decay=self.decay,
             block_size=self.block_size,
             sink=self.sink,
             min_band=self.min_band,
+            order=None if in_raster else layout.index[0, : grid.num_tokens] - call.tokens.video.start,
             device=q.device,
         )
-        lengths = layout.lengths()[None]
-        mask = BlockMask.from_dense(
-            keep_text(blocks, layout.num_blocks, layout.num_blocks),
-            block_q=self.block_size,
-            block_k=self.block_size,
-            lengths_q=lengths,
-            lengths_k=lengths,
-        )
-        return Pattern(layout, mask)
+        return pattern_of(layout, blocks)
 
 
 def radial_blocks(
@@ -94,43 +89,86 @@ def radial_blocks(
     block_size: int,
     sink: bool,
     min_band: int = 128,
+    order: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return the block map of the video part: ``(N, N)`` bool.
 
     Args:
-        grid: The video tokens, in raster order.
+        grid: The video tokens.
         decay: Factor on the band width, above 0.
         block_size: Tokens per block, at least 1.
         sink: Whether the first frame's keys are always kept.
         min_band: Band width, in tokens, below which frame pairs are thinned out, at least 1.
+        order: ``(n,)`` int64, the video tokens in the order that is cut into blocks; default: raster order.
         device: Where the map shall be.
     """
+    frame = torch.arange(grid.frames, device=device)
+    distance = (frame[:, None] - frame).abs()
+    octave = (1 << grid.frame_tokens.bit_length()) / 2.0 ** torch.frexp(distance.double()).exponent
+    every = (min_band / octave).floor().clamp(min=1).long()
+    widths = (octave * decay).clamp(block_size, grid.frame_tokens).floor().long()
+    widths = widths.masked_fill(distance % every != 0, -1)
+    widths = widths.masked_fill((distance <= 1) | (sink & (frame == 0)), grid.frame_tokens)
+    if order is None:
+        return _raster_blocks(grid, widths, block_size)
+    return _ordered_blocks(grid, widths, block_size, order.to(device))
+
+
+def _raster_blocks(grid: VideoGrid, widths: Tensor, block_size: int) -> Tensor:
+    """Apply the rule to each part of a block that lies in one frame: ``(N, N)`` bool.
+
+    Args:
+        grid: The video tokens.
+        widths: ``(frames, frames)`` int64, how far the band of two frames reaches to either side, -1 for no band.
+        block_size: Tokens per block, at least 1.
+    """
     num_blocks = math.ceil(grid.num_tokens / block_size)
-    block, frame, first, last = _segments(grid, block_size, device)
-    power = 1 << grid.frame_tokens.bit_length()
-    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=device)
+    block, frame, first, last = _segments(grid, block_size, widths.device)
+    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=widths.device)
     columns = block.expand(len(block), -1)
     for row in range(0, len(block), 512):  # bounds the (rows x segments) integer maps
         rows = slice(row, row + 512)
-        distance = (frame[rows, None] - frame).abs()
-        octave = power / 2.0 ** _bit_length(distance)
-        full = distance <= 1
-        if sink:
-            full = full | (frame == 0)
-        every = (min_band / octave).floor().clamp(min=1).long()
-        near = full | (distance % every == 0)
-        width = (octave * decay).clamp(min=block_size).floor().long()
-        width = torch.where(full, grid.frame_tokens, width)
+        width = widths[frame[rows, None], frame]
         # A column's share of the band is a trapezoid over the columns, so both column sets are intervals.
         some = _overlap(first, last, first[rows, None] - width, last[rows, None] + width)
         third = (last - first + 1)[rows, None] // 3
         most = _overlap(first, last, first[rows, None] + third - width, last[rows, None] - third + width)
-        dense_enough = near & (5 * most > 3 * some)
+        dense_enough = (width >= 0) & (5 * most > 3 * some)
         kept.view(-1).index_put_(
             ((block[rows, None] * num_blocks + columns[rows]).flatten(),), dense_enough.flatten(), accumulate=True
         )
     return kept
+
+
+def _ordered_blocks(grid: VideoGrid, widths: Tensor, block_size: int, order: Tensor) -> Tensor:
+    """Apply the rule to whole blocks, counting the queries of a block that each key is in the band of: ``(N, N)`` bool.
+
+    Args:
+        grid: The video tokens.
+        widths: ``(frames, frames)`` int64, how far the band of two frames reaches to either side, -1 for no band.
+        block_size: Tokens per block, at least 1.
+        order: ``(n,)`` int64, the video tokens in the order that is cut into blocks.
+    """
+    size, missing = grid.frame_tokens, -grid.num_tokens % block_size
+    place = torch.arange(size, device=order.device)
+    kept = []
+    for tokens in order.split(max(1, COUNTS_AT_ONCE // grid.num_tokens) * block_size):
+        row = torch.arange(len(tokens), device=order.device) // block_size
+        held = torch.zeros(math.ceil(len(tokens) / block_size), grid.num_tokens, device=order.device)
+        held[row, tokens] = 1
+        total = held.sum(1, keepdim=True)
+        held = held.unflatten(1, (grid.frames, size))
+        frames = held.amax((0, 2)).nonzero().flatten()  # few of them in tile order
+        before = F.pad(held[:, frames].cumsum(-1), (1, 0))
+        queries = torch.zeros_like(held)
+        for width in widths[widths >= 0].unique().tolist():
+            near = before[..., (place + width + 1).clamp(max=size)] - before[..., (place - width).clamp(min=0)]
+            queries += (widths[frames] == width).to(near).mT @ near
+        queries = F.pad(queries.flatten(1)[:, order], (0, missing)).unflatten(1, (-1, block_size))
+        most, some = (3 * queries > total[..., None]).sum(-1), (queries > 0).sum(-1)
+        kept.append(5 * most > 3 * some)
+    return torch.cat(kept)
 
 
 def _segments(grid: VideoGrid, block_size: int, device: torch.device | str) -> tuple[Tensor, ...]:
@@ -142,10 +180,6 @@ def _segments(grid: VideoGrid, block_size: int, device: torch.device | str) -> t
     frame = starts // grid.frame_tokens
     pieces = (starts // block_size, frame, starts - frame * grid.frame_tokens, ends - frame * grid.frame_tokens)
     return tuple(piece.to(device) for piece in pieces)
-
-
-def _bit_length(x: Tensor) -> Tensor:
-    return torch.frexp(x.double()).exponent
 
 
 def _overlap(first: Tensor, last: Tensor, low: Tensor, high: Tensor) -> Tensor:
