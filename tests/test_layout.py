@@ -94,7 +94,7 @@ def test_gradients_pass_through(heads):
     x = torch.randn(2, 3, 49, 4, requires_grad=True)
     weight = torch.randn(2, 3, layout.padded_tokens, 4)
     (layout.apply(x) * weight).sum().backward()
-    assert torch.equal(x.grad, layout.undo(weight))
+    assert x.grad is not None and torch.equal(x.grad, layout.undo(weight))
 
 
 def test_identity_copies_nothing():

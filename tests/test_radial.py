@@ -191,9 +191,9 @@ def test_real_grids_keep_neighbouring_frames_whole(shape):
 @pytest.mark.parametrize("order", ["tile", "curve", "token"])
 @pytest.mark.parametrize("text", [(0, False), (11, True), (11, False)], ids=str)
 def test_attention_in_other_orders(order, text, poisoned_empty):
-    call = AttentionCall(TokenSpec(VideoGrid(5, 7, 9), *text))
+    call = AttentionCall(TokenSpec(VideoGrid(9, 9, 11), *text))
     q, k, v = qkv(call.tokens, batch=2)
-    method = get_method("radial", block_size=16, order=order, decay=0.3, min_band=32)
+    method = get_method("radial", block_size=16, order=order, decay=0.1)
     state = MethodState()
     out = method.forward(q, k, v, call, state)
     pattern = state.resolve(method, q, k, call)

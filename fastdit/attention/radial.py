@@ -29,7 +29,7 @@ class Radial(OrderedMethod):
     On grids whose frames are a multiple of the block this is the mask of the released code, which differs from the
     paper's formula (bands are never narrower than a block, and ``decay`` does not thin frame pairs). On any other
     grid the same rule is applied to each part of a block that lies in one frame. In another order than raster, it is
-    applied to the tokens of the two blocks as a whole.
+    applied to the tokens of both blocks as a whole, so what it promises (neighbours, sink) holds for most pairs only.
 
     Args:
         decay: Factor on the band width of frames two or more apart, above 0. The released presets use 0.2 (Wan 2.1),
