@@ -214,8 +214,12 @@ def test_ordered_methods_cut_the_order_into_blocks(order, text):
     assert torch.equal(video, token_order(spec.grid, order, (2, 2, 3)))
     assert layout.video_blocks == 7 and layout.block == 16
     assert method.layout(AttentionCall(spec, layer=3), torch.device("cpu"), state) is layout
-    other = Ordered(block_size=32, order=order, tile=(2, 2, 3))
-    assert other.layout(AttentionCall(spec), torch.device("cpu"), state) is not layout
+    for fields in ({"block_size": 32}, {"order": "hfw"}, {"tile": (3, 2, 2)}):
+        other = Ordered(**{"block_size": 16, "order": order, "tile": (2, 2, 3)} | fields)
+        again = other.layout(AttentionCall(spec), torch.device("cpu"), state)
+        tokens = token_order(spec.grid, other.order, other.tile)
+        assert again.block == other.block_size and torch.equal(again.index[0, :105] - spec.video.start, tokens)
+    assert method.layout(AttentionCall(spec), torch.device("meta"), state).index.is_meta
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=str)
