@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
@@ -19,6 +20,7 @@ from .pipelines.intercept import install, installed, uninstall
 from .pipelines.presets import find_preset
 from .pipelines.runtime import Layer, Runtime, Settings
 from .pipelines.targets import find_transformers, require_transformers
+from .pipelines.weights import load_weights, make_weights, save_weights
 from .report import summary
 from .schedule import Schedule
 
@@ -88,6 +90,29 @@ class SparseAttention:
         for runtime in self._runtimes:
             runtime.forget()
 
+    def save_weights(self, path: str | Path) -> None:
+        """Write what the method has learned as a safetensors file, for its field ``weights`` or ``load_weights``.
+
+        Args:
+            path: The file; one that is there is replaced.
+
+        Raises:
+            ValueError: The method learns nothing, or its weights are out of reach.
+        """
+        save_weights(path, self.method, {runtime.title: runtime.weights for runtime in self._runtimes})
+
+    def load_weights(self, path: str | Path) -> None:
+        """Read what the method has learned; if the file does not fit, nothing changes.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: The method learns nothing, or the file is broken, or was made for something else.
+            FileNotFoundError: There is no such file.
+        """
+        load_weights(path, self.method, {runtime.title: runtime.weights for runtime in self._runtimes})
+
     def disable(self) -> None:
         """Restore the stock attention, as ``disable_sparse_attention`` does; counts can still be read."""
         for reference, runtime in zip(self._transformers, self._runtimes, strict=True):
@@ -130,7 +155,9 @@ def enable_sparse_attention(
             (``fastdit.pipelines.presets``), or the method's defaults.
 
     Raises:
-        ValueError: Model, method, kernel or precision is unknown, or a value is out of range; nothing has changed then.
+        ValueError: Model, method, kernel or precision is unknown, or a value is out of range or does not fit the
+            model; nothing has changed then.
+        FileNotFoundError: A file that the method needs is not there; nothing has changed then.
         TypeError: The method has no such field, or a method object is given together with fields.
         RuntimeError: The attention processors of the model cannot be intercepted; it runs stock then.
     """
@@ -163,11 +190,14 @@ def enable_sparse_attention(
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
         modules = family.self_attentions(transformer)
         _check_layers(schedule, len(modules))
-        prepared.append(
-            (transformer, Runtime(family, settings, tracker, [name for name, _ in modules], title), modules)
-        )
-    disable_sparse_attention(target)
+        weights = make_weights(method, transformer, len(modules))
+        runtime = Runtime(family, settings, tracker, [name for name, _ in modules], title, weights)
+        prepared.append((transformer, runtime, modules))
     handle = SparseAttention(list(transformers.values()), [runtime for _, runtime, _ in prepared])
+    path = getattr(method, "weights", None)
+    if path is not None:
+        handle.load_weights(path)
+    disable_sparse_attention(target)
     try:
         for transformer, runtime, modules in prepared:
             install(transformer, runtime, modules).owner = handle
@@ -215,6 +245,7 @@ def sparse_attention(
 
     Raises:
         ValueError: As for ``enable_sparse_attention``.
+        FileNotFoundError: Likewise.
         TypeError: Likewise.
         RuntimeError: Likewise.
     """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
+from torch.nn import Module
 
 from ..layout import TokenLayout
 from ..mask import BlockMask
@@ -49,6 +50,20 @@ class AttentionMethod(ABC):
     """Whether the pattern depends on nothing but the make-up of the tokens."""
     stock: ClassVar[bool] = False
     """Whether the method is the model's own attention call, which then is left untouched."""
+    trained_for: ClassVar[tuple[str, ...]] = ()
+    """The fields that weights are trained for, without which they mean nothing; empty if the method has no weights."""
+
+    def make_weights(self, heads: int, head_dim: int) -> Module:
+        """Make what one layer learns, in fp32; only called for a method that has ``trained_for``.
+
+        It is attached to the model, and comes to the method as ``state.weights``. Such a method also has a field
+        ``weights``, the path of a file that they are loaded from, or ``None``.
+
+        Args:
+            heads: Heads of the layer, at least 1.
+            head_dim: Channels of a head, at least 1.
+        """
+        return Module()
 
     @abstractmethod
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
@@ -109,14 +124,34 @@ class BlockMethod(AttentionMethod):
             ``(B, H, S, D)``, in the dtype of ``q``.
         """
         pattern = state.resolve(self, q, k, call)
-        mask = state.mask(pattern, call)
-        state.kept = mask.kept
+        pattern = replace(pattern, mask=state.mask(pattern, call))
+        state.kept = pattern.mask.kept
         layout = pattern.layout
         q, k, v = state.measure("order", q.device, lambda: (layout.apply(q), layout.apply(k), layout.apply(v)))
-        out, _ = block_sparse_attention(
-            q, k, v, mask, scale=call.scale, kernel=state.kernel, compensate=self.compensate, precision=state.precision
-        )
+        out = self.attend(q, k, v, pattern, call, state)
         return state.measure("order", q.device, lambda: layout.undo(out))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: AttentionCall, state: MethodState
+    ) -> Tensor:
+        """Compute the attention of laid out tokens; a method with a second branch adds it here.
+
+        Args:
+            q: ``(B, H, S_padded, D)`` queries, in the order of the pattern.
+            k: ``(B, H, S_padded, D)`` keys, likewise.
+            v: ``(B, H, S_padded, D)`` values, likewise.
+            pattern: Order and blocks, padded keys taken out.
+            call: The call.
+            state: What this layer remembers.
+
+        Returns:
+            ``(B, H, S_padded, D)``, in the dtype of ``q``.
+        """
+        mask, compensate, precision = pattern.mask, self.compensate, state.precision
+        out, _ = block_sparse_attention(
+            q, k, v, mask, scale=call.scale, kernel=state.kernel, compensate=compensate, precision=precision
+        )
+        return out
 
 
 Method = TypeVar("Method", bound=type[AttentionMethod])

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..mask import BlockMask
 from ..tokens import AttentionCall, TokenSpec
@@ -81,6 +82,7 @@ class MethodState:
         cache: Static patterns, shared by all layers.
         kernel: Name of the kernel to use; ``None`` chooses.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for the precision of the inputs.
+        weights: What the layer learns, as ``make_weights`` of the method made it; ``None`` outside of a model.
         measure: Runs a part of a call and takes its time: name of the part (``"choice"`` of blocks, ``"order"`` of
             tokens), device, function. The handle sets it; by default nothing is measured.
         refresh: Whether a dynamic pattern is to be rebuilt in this call. The handle sets it from the schedule.
@@ -93,6 +95,7 @@ class MethodState:
     cache: PatternCache = field(default_factory=PatternCache)
     kernel: str | None = None
     precision: str | None = None
+    weights: Module | None = None
     measure: Callable[[str, torch.device, Callable[[], Any]], Any] = lambda part, device, run: run()
     refresh: bool = True
     pattern: Pattern | None = None

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from .rebind import Rebound, rebind, stock_attributes, stock_processor
 from .runtime import Runtime
+from .weights import ATTRIBUTE as WEIGHTS
 
 ATTRIBUTE = "_fastdit"
 
@@ -106,6 +107,8 @@ def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Modu
     if hasattr(transformer, "cache_context"):
         installation.listener = cache_context
         transformer.__dict__["cache_context"] = types.MethodType(cache_context, transformer)
+    if runtime.weights is not None:
+        transformer.add_module(WEIGHTS, runtime.weights.modules)
     return installation
 
 
@@ -123,6 +126,8 @@ def uninstall(transformer: Module) -> None:
     listener = transformer.__dict__.get("cache_context")
     if getattr(listener, "__func__", None) is installation.listener:
         del transformer.__dict__["cache_context"]
+    if installation.runtime.weights is not None:
+        transformer._modules.pop(WEIGHTS, None)
     for module, stock, rebound in installation.replaced:
         if module.processor is rebound:
             stock.__dict__.update(stock_attributes(rebound))

@@ -58,6 +58,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset("radial", Schedule(warmup_steps=0.24, dense_layers=(0,)), _RADIAL, {"decay": 0.2}, "wan"),
     Preset("radial", Schedule(warmup_steps=0.24), _RADIAL, {"decay": 0.95, "sink": False}, "hunyuan_video"),
     Preset("adaspa", Schedule(warmup_steps=0.2, refresh_steps=(0.2, 0.6)), "AdaSpa, section 5"),
+    Preset("sla", Schedule(), "SLA, its code and TurboDiffusion's: every layer and step, of models trained with it"),
 )
 
 

@@ -21,6 +21,7 @@ from .base import ModelFamily
 from .context import RunTracker
 from .padding import PaddingReader
 from .stats import LayerStats
+from .weights import Weights
 
 LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 """Live layers by number: the compiled graph knows a layer only by a tensor that holds its number."""
@@ -204,6 +205,7 @@ class Layer:
                 cache=runtime.cache,
                 kernel=settings.kernel,
                 precision=settings.precision,
+                weights=None if runtime.weights is None else runtime.weights[self.index],
                 measure=lambda part, device, run: self.stats.parts[part].time(device, run),
             )
             memory = self.memories[key] = Memory(state, run, shape)
@@ -225,15 +227,23 @@ class Runtime:
         tracker: Step and branch, shared by all transformers of a pipeline.
         names: Paths of its self-attention modules.
         title: What to call the transformer in reports.
+        weights: What the method learns; ``None`` if it learns nothing.
     """
 
     def __init__(
-        self, family: ModelFamily, settings: Settings, tracker: RunTracker, names: Sequence[str], title: str
+        self,
+        family: ModelFamily,
+        settings: Settings,
+        tracker: RunTracker,
+        names: Sequence[str],
+        title: str,
+        weights: Weights | None = None,
     ) -> None:
         self.family = family
         self.settings = settings
         self.tracker = tracker
         self.title = title
+        self.weights = weights
         self.cache = PatternCache()
         self.padding = PaddingReader()
         self.forward: Forward | None = None
@@ -243,9 +253,8 @@ class Runtime:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         names = [layer.name for layer in self.layers]
-        memo[id(self)] = copied = Runtime(
-            self.family, self.settings, copy.deepcopy(self.tracker, memo), names, self.title
-        )
+        tracker, weights = copy.deepcopy((self.tracker, self.weights), memo)
+        memo[id(self)] = copied = Runtime(self.family, self.settings, tracker, names, self.title, weights)
         return copied
 
     def begin(self, transformer: Module, arguments: Mapping[str, Any]) -> None:

@@ -1,0 +1,154 @@
+"""What a method learns: attached to the transformer as one submodule, written to a file and read from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module, ModuleDict
+
+from ..attention import AttentionMethod
+
+ATTRIBUTE = "sparse_attention_weights"
+VERSION = 1
+_HEADER = "fastdit_weights"
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Hold what the layers of one transformer learn, and what they belong to.
+
+    Args:
+        modules: One module per self-attention layer, by its number.
+        model: Class of the transformer, number of layers, heads and head dim.
+    """
+
+    modules: ModuleDict
+    model: dict[str, str | int]
+
+    def __getitem__(self, layer: int) -> Module:
+        return self.modules[str(layer)]
+
+
+def make_weights(method: AttentionMethod, transformer: Module, layers: int) -> Weights | None:
+    """Make what a method learns in each layer, on the device of the transformer; ``None`` if it learns nothing.
+
+    Args:
+        method: The method.
+        transformer: The model; nothing is attached to it yet.
+        layers: Its self-attention layers, at least 1.
+
+    Raises:
+        ValueError: The model does not say how many heads it has.
+    """
+    if not method.trained_for:
+        return None
+    config: Any = getattr(transformer, "config", None)
+    heads, head_dim = (getattr(config, name, None) for name in ("num_attention_heads", "attention_head_dim"))
+    if heads is None or head_dim is None:
+        raise ValueError(
+            f"method {method.name!r} has weights, which need num_attention_heads and attention_head_dim in the "
+            f"config of {type(transformer).__name__}"
+        )
+    modules = ModuleDict({str(layer): method.make_weights(heads, head_dim) for layer in range(layers)})
+    device = next(transformer.parameters()).device
+    if device.type != "meta":  # an offloaded model; weights follow the queries, wherever they are kept
+        modules.to(device)
+    model = {"class": type(transformer).__name__, "layers": layers, "heads": heads, "head_dim": head_dim}
+    return Weights(modules, model)
+
+
+def save_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str, Weights | None]) -> None:
+    """Write what a method has learned as a safetensors file.
+
+    Args:
+        path: The file; one that is there is replaced.
+        method: The method.
+        weights: What was learned, by the name of the transformer.
+
+    Raises:
+        ValueError: The method learns nothing, or its weights are out of reach.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(method, weights).items()}
+    save_file(tensors, path, {_HEADER: json.dumps(_header(method, weights))})
+
+
+def load_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str, Weights | None]) -> None:
+    """Read what a method has learned; if the file does not fit, nothing changes.
+
+    Args:
+        path: The file.
+        method: The method.
+        weights: Where it goes, by the name of the transformer.
+
+    Raises:
+        ValueError: The method learns nothing, its weights are out of reach, or the file is broken or was made for
+            something else.
+        FileNotFoundError: There is no such file.
+    """
+    wanted = _tensors(method, weights)
+    header, tensors = _read(path)
+    here = _header(method, weights)
+    differences = [
+        f"{what} is {header.get(what)!r} in the file, {here.get(what)!r} here"
+        for what in dict.fromkeys([*here, *header])
+        if header.get(what) != here.get(what)
+    ]
+    if differences:
+        raise ValueError(f"the weights in {path} were made for something else: {'; '.join(differences)}")
+    odd = sorted(wanted.keys() ^ tensors.keys())
+    odd += [name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape]
+    odd += [name for name, value in tensors.items() if not value.isfinite().all()]
+    if odd:
+        raise ValueError(
+            f"the weights in {path} are broken: {odd[0]} is missing, too much, of the wrong shape or not finite"
+            f"{f', as are {len(odd) - 1} others' if len(odd) > 1 else ''}; make the file anew with save_weights"
+        )
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(tensors[name])
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of weights at {path}; pipe.sparse_attention.save_weights makes one")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    try:
+        return dict(json.loads(metadata[_HEADER])), tensors
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was not made by save_weights: it does not say what it is for") from error
+
+
+def _tensors(method: AttentionMethod, weights: Mapping[str, Weights | None]) -> dict[str, Tensor]:
+    found = {
+        f"{title}.{name}": value
+        for title, each in weights.items()
+        if each is not None
+        for name, value in each.modules.state_dict(keep_vars=True).items()
+    }
+    if not found:
+        raise ValueError(f"method {method.name!r} learns nothing, so it has no weights to save or load")
+    if any(value.is_meta for value in found.values()):
+        raise ValueError("the weights are offloaded, out of reach; save or load them before offload is enabled")
+    return found
+
+
+def _header(method: AttentionMethod, weights: Mapping[str, Weights | None]) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "method": method.name,
+        **{name: getattr(method, name) for name in method.trained_for},
+        **{title: each.model for title, each in weights.items() if each is not None},
+    }
