@@ -8,21 +8,28 @@ import torch.nn.functional as F
 
 from fastdit.attention import AttentionMethod, MethodState, Pattern, get_method, list_methods, method_class
 from fastdit.attention.kernels import block_sparse_attention
+from fastdit.attention.paro import calibrate
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRIDS = [VideoGrid(1, 6, 10), VideoGrid(3, 9, 11), VideoGrid(5, 8, 16), VideoGrid(2, 13, 5)]
 TEXTS = [(0, False), (11, True), (11, False)]
 
 # Fields that make a method keep every block, for methods whose density field does not say so.
-EVERYTHING = {"radial": {"decay": 1e6, "min_band": 1}, "dense": {}}
+EVERYTHING = {"radial": {"decay": 1e6, "min_band": 1}, "dense": {}, "paro": {"density": 1.0}}
 SMALL = {
     "radial": {"block_size": 16},
     "draft": {"tile": (1, 4, 4)},
     "adaspa": {"block_size": 16},
     "sla": {"block_size": 16},
 }
+
+
+def calibrated(q, k, call, fields):
+    return {"plan": calibrate([(q, k, call)], density=fields.get("density", 0.4), block_size=16)}
+
+
 # Functions (q, k, call, fields) -> fields for methods that are made for the queries and keys of a test.
-PREPARE = {}
+PREPARE = {"paro": calibrated}
 
 
 def small(name, q, k, call, **fields):
