@@ -14,13 +14,16 @@ from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 GRIDS = [VideoGrid(1, 6, 10), VideoGrid(3, 9, 11), VideoGrid(5, 8, 16), VideoGrid(2, 13, 5)]
 TEXTS = [(0, False), (11, True), (11, False)]
 
-# Fields that make a method keep every block, for methods whose density field does not say so.
-EVERYTHING = {"radial": {"decay": 1e6, "min_band": 1}, "dense": {}, "paro": {"density": 1.0}}
+# Fields that make a method keep every block, for methods whose density field does not say so; None: it keeps nothing.
+EVERYTHING = {"radial": {"decay": 1e6, "min_band": 1}, "dense": {}, "paro": {"density": 1.0}, "skip": None}
 SMALL = {
     "radial": {"block_size": 16},
     "draft": {"tile": (1, 4, 4)},
     "adaspa": {"block_size": 16},
     "sla": {"block_size": 16},
+    "diagonal": {"block_size": 16},
+    "multi_diagonal": {"block_size": 16},
+    "vertical_stripe": {"block_size": 16},
 }
 
 
@@ -66,6 +69,11 @@ def name(request):
     return request.param
 
 
+@pytest.fixture(params=[name for name in list_methods() if EVERYTHING.get(name, {}) is not None])
+def attending(request):
+    return request.param
+
+
 def test_methods_are_frozen_dataclasses_that_round_trip(name):
     call = AttentionCall(TokenSpec(VideoGrid(3, 4, 5)))
     method = small(name, *list(qkv(call.tokens))[:2], call)
@@ -90,10 +98,10 @@ def test_forward_is_attention_of_the_pattern(name, grid, text, poisoned_empty):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("text", TEXTS, ids=str)
-def test_keeping_everything_equals_dense(name, grid, text):
+def test_keeping_everything_equals_dense(attending, grid, text):
     call = AttentionCall(TokenSpec(grid, *text), scale=0.3)
     q, k, v = qkv(call.tokens)
-    method = small(name, q, k, call, **EVERYTHING.get(name, {"density": 1.0}))
+    method = small(attending, q, k, call, **EVERYTHING.get(attending, {"density": 1.0}))
     pattern, state = chosen(method, q, k, call)
     out = method.forward(q, k, v, call, state)
     assert pattern.density == pytest.approx(1)
@@ -101,10 +109,10 @@ def test_keeping_everything_equals_dense(name, grid, text):
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=str)
-def test_text_is_dense_and_every_query_attends(name, text):
+def test_text_is_dense_and_every_query_attends(attending, text):
     call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11), *text))
     q, k, _ = qkv(call.tokens)
-    pattern = small(name, q, k, call).pattern(q, k, call, MethodState())
+    pattern = small(attending, q, k, call).pattern(q, k, call, MethodState())
     blocks = pattern.mask.to_dense()
     video = pattern.layout.video_blocks
     assert blocks[..., video:, :].all() and blocks[..., :, video:].all()
@@ -134,7 +142,7 @@ def test_padded_text_is_never_attended_to(name, text_first):
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5, 0.9])
 def test_density_is_what_was_asked_for(name, density):
     if "density" not in {f.name for f in dataclasses.fields(method_class(name))}:
-        assert EVERYTHING.get(name) is not None, "a method without a density says how it keeps everything"
+        assert name in EVERYTHING, "a method without a density says how it keeps everything"
         return
     call = AttentionCall(TokenSpec(VideoGrid(6, 16, 16)))
     q, k, _ = qkv(call.tokens)
@@ -187,10 +195,10 @@ def test_selection_is_deterministic(name):
     assert torch.equal(one, two)
 
 
-def test_gradients_flow(name):
+def test_gradients_flow(attending):
     call = AttentionCall(TokenSpec(VideoGrid(2, 5, 7), 3))
     q, k, v = (x.requires_grad_() for x in qkv(call.tokens))
-    method = small(name, q.detach(), k.detach(), call)
+    method = small(attending, q.detach(), k.detach(), call)
     pattern, state = chosen(method, q, k, call)
     method.forward(q, k, v, call, state).square().sum().backward()
     got = [x.grad.clone() for x in (q, k, v)]
