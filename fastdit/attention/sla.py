@@ -169,7 +169,7 @@ class Sla(OrderedMethod):
         if blocks is None:
             return exact + weights.projection(linear)
         # A row whose blocks are all critical is exact already: nothing is joined to it, not even a bias.
-        joined = (blocks & (mask.lengths_k > 0)[:, :, None]).any(-1)
+        joined = blocks.any(-1)
         if self.variant == "sla2":
             share = weights.mix(pattern.layout.video_blocks, q)
             share = F.pad(share, (0, joined.shape[-1] - share.shape[-1])) * joined
