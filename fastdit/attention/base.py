@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -50,6 +50,8 @@ class AttentionMethod(ABC):
     """Whether the pattern depends on nothing but the make-up of the tokens."""
     stock: ClassVar[bool] = False
     """Whether the method is the model's own attention call, which then is left untouched."""
+    empty: ClassVar[bool] = False
+    """Whether the output is zeros, for which nothing is computed."""
     trained_for: ClassVar[tuple[str, ...]] = ()
     """The fields that weights are trained for, without which they mean nothing; empty if the method has no weights."""
 
@@ -64,6 +66,10 @@ class AttentionMethod(ABC):
             head_dim: Channels of a head, at least 1.
         """
         return Module()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can hold."""
+        return asdict(self)
 
     @abstractmethod
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
