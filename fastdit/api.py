@@ -74,7 +74,7 @@ class SparseAttention:
             for layer in runtime.layers
         ]
         return {
-            "method": {"name": self.method.name, **asdict(self.method)},
+            "method": {"name": self.method.name, **self.method.describe()},
             "schedule": asdict(self.schedule),
             "kernel": self._runtimes[0].settings.kernel,
             "precision": self._runtimes[0].settings.precision,

@@ -1,6 +1,7 @@
 """PAROAttention, calibration and method, against an eager definition written from the paper."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -309,6 +310,7 @@ def test_in_a_pipeline():
     dense = tiny.run(pipe, steps=4)
     plan = calibrate(samples, density=0.4, block_size=16, edges=(0.25, 0.5, 1))
     handle = pipe.enable_sparse_attention("paro", plan=plan, schedule=fastdit.Schedule(refresh_steps=100))
+    assert json.loads(json.dumps(handle.report()))["method"]["plan"] == repr(plan)
     sparse = tiny.run(pipe, steps=4)
     assert handle.density == pytest.approx(0.4, abs=0.05) and handle.report()["totals"]["sparse_calls"] == 16
     assert 0 < float((sparse - dense).norm() / dense.norm()) < 0.1

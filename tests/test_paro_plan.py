@@ -91,6 +91,10 @@ def damaged(about=None, **tensors):
         (lambda path: save_file({"x": torch.ones(1)}, path, {"paro_plan": "[]"}), "or it is damaged"),
         (damaged({"version": 2}), "is a plan of version 2, and this fastdit reads 1; calibrate it again"),
         (damaged({"tokens": None}), "or it is damaged: 'tokens'"),
+        (
+            damaged({"tokens": {"grid": {"frames": 1.0, "height": 6, "width": 10}}}),
+            "numbers of tokens that are not whole",
+        ),
         (damaged({"density": 7}), r"density must be in \(0, 1\]"),
         (damaged({"block_size": 32}), r"must be \(1, 1, 2, 2, 1\) uint8, got \(1, 1, 2, 4, 1\)"),
         (damaged({"edges": [0.5, 1]}), r"bits of 2 buckets, .* must be \(2, 1, 2, 4, 1\) uint8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class Paro(BlockMethod):
     def loaded(self) -> ParoPlan | None:
         """Return the plan, read from its file where a path was given."""
         return ParoPlan.load(self.plan) if isinstance(self.plan, str) else self.plan
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can hold: the path of the plan, or the plan in words."""
+        plan = repr(self.plan) if isinstance(self.plan, ParoPlan) else self.plan
+        return {**super().describe(), "plan": plan}
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Look orders and blocks up.

@@ -151,8 +151,11 @@ class ParoPlan:
                         f"{path} is a plan of version {about.get('version')}, and this fastdit reads {VERSION}; "
                         "calibrate it again"
                     )
+                tokens = TokenSpec(**{**about["tokens"], "grid": VideoGrid(**about["tokens"]["grid"])})
+                if not all(type(count) is int for count in (*tokens.grid.shape, tokens.text_tokens)):
+                    raise ValueError(f"{path} is for numbers of tokens that are not whole: {tokens}")
                 return cls(
-                    tokens=TokenSpec(**{**about["tokens"], "grid": VideoGrid(**about["tokens"]["grid"])}),
+                    tokens=tokens,
                     block_size=about["block_size"],
                     density=about["density"],
                     orders=[[AXIS_ORDERS[order] for order in layer] for layer in file.get_tensor("orders").tolist()],
