@@ -49,8 +49,9 @@ def block_sparse_attention(
         scale: Softmax scale; default ``D ** -0.5``.
         kernel: One of ``list_kernels()``; default: the fastest that can run, never ``"reference"``.
         compensate: ``"mean"``: each block that is not listed counts as one key, the mean of its real keys, with the
-            weight of as many, and with their mean value.
-        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the inputs.
+            weight of as many, and with their mean value, also in rows that list nothing. Default: it is left out.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision, as ``quantize.py`` defines them, without
+            gradients; default: that of the inputs.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the log-sum-exp of each row in natural log,

@@ -75,7 +75,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
     if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"it takes fp64, fp32, bf16 and fp16, got {q.dtype}"
     if options.precision is not None:
-        return f"precision {options.precision!r} would only be slower on a CPU"
+        return f"it computes in the precision of its inputs; {options.precision} is not faster on a CPU"
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...mask import BlockMask
 from .means import block_means, dropped_blocks, log_sizes
 from .options import Options
+from .quantize import int8_products, quantize_channels, round_weights, smooth_keys
 
 
 def available() -> str | None:
@@ -18,7 +19,7 @@ def available() -> str | None:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
+    """Return why this kernel cannot run for these arguments: it always can.
 
     Args:
         q: ``(B, H, Sq, D)`` queries.
@@ -27,8 +28,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         mask: The blocks.
         options: How.
     """
-    if options.precision is not None:
-        return f"it has no precision {options.precision!r} yet"
     return None
 
 
@@ -59,18 +58,31 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
 
 
 def _head(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    visible = mask.to_tokens(q.shape[2], k.shape[2])
-    scores = (q @ k.mT * options.scale).masked_fill(~visible, -torch.inf)
+    tokens_q, tokens_k, offset = q.shape[2], k.shape[2], 0
+    if options.precision is None:
+        products = q @ k.mT
+    else:
+        k, mean = smooth_keys(k, mask)
+        products, offset = int8_products(q, k, mask), q @ mean.mT * options.scale
+    scores = (products * options.scale).masked_fill(~mask.to_tokens(tokens_q, tokens_k), -torch.inf)
+    added, means = scores[..., :0], v[:, :, :0]
     if options.compensate == "mean":
-        dropped = dropped_blocks(mask).repeat_interleave(mask.block_q, 2)[:, :, : q.shape[2]]
-        stand_ins = q @ block_means(k, mask).mT * options.scale + log_sizes(mask, q.dtype)[:, :, None]
-        scores = torch.cat([scores, stand_ins.masked_fill(~dropped, -torch.inf)], -1)
-        v = torch.cat([v, block_means(v, mask)], 2)
-    some = (scores > -torch.inf).any(-1)
-    # An empty row is all -inf, of which softmax and logsumexp have no gradient; give them zeros and overwrite.
-    scores = torch.where(some[..., None], scores, 0)
-    out = torch.where(some[..., None], scores.softmax(-1) @ v, 0)
-    return out, torch.where(some, scores.logsumexp(-1), -torch.inf)
+        dropped = dropped_blocks(mask).repeat_interleave(mask.block_q, 2)[:, :, :tokens_q]
+        added = q @ block_means(k, mask).mT * options.scale + log_sizes(mask, q.dtype)[:, :, None]
+        added, means = added.masked_fill(~dropped, -torch.inf), block_means(v, mask)
+    scores = torch.cat([scores, added], -1)
+    some = (scores > -torch.inf).any(-1, keepdim=True)
+    # An empty row is all -inf, of which no softmax and no logarithm has a gradient; give it zeros and overwrite.
+    scores = torch.where(some, scores, 0)
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    listed, stand_ins = weights[..., :tokens_k], weights[..., tokens_k:]
+    if options.precision == "int8_fp8":
+        v8, scales = quantize_channels(v, mask)
+        listed, v = round_weights(listed), v8.to(v.dtype) * scales
+    out = torch.where(some, (listed @ v + stand_ins @ means) / total, 0)
+    return out, torch.where(some, total.log() + top + offset, -torch.inf)[..., 0]
 
 
 def _one_head(mask: BlockMask, b: int, h: int) -> BlockMask:
