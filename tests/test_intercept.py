@@ -82,6 +82,22 @@ def test_layerwise_casting(kind):
     check_stays_sparse(kind, cast)
 
 
+def test_autocast_does_not_reach_a_method():
+    """Blocks are chosen and sums are made in the precision that the method asks for."""
+    seen = []
+
+    class Watcher(tiny.Recorder):
+        def forward(self, q, k, v, call, state):
+            seen.append((torch.is_autocast_enabled("cpu"), (q.float() @ k.float().mT).dtype))
+            return super().forward(q, k, v, call, state)
+
+    model = tiny.transformer("wan")
+    fastdit.enable_sparse_attention(model, Watcher())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**tiny.arguments("wan"))
+    assert seen == [(False, torch.float32)] * 2
+
+
 @pytest.mark.parametrize("kind", COMMON)
 def test_gradient_checkpointing(kind):
     model = tiny.transformer(kind).train()

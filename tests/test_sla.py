@@ -276,7 +276,7 @@ def test_linear_attention_is_a_registered_operator(covered, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_attention_adds_up_in_single_precision(dtype, monkeypatch):
-    """The sums do not get worse with length, and not with the number of heads that run at once."""
+    """The sums do not get worse with length, under autocast, or with the number of heads that run at once."""
     q, k = torch.rand(2, 1, 2, 2000, 8).to(dtype)
     v = (torch.randn(1, 2, 2000, 8) + 3).to(dtype)
     lengths = torch.full((1, 1, 125), 16, dtype=torch.int32)
@@ -287,7 +287,8 @@ def test_linear_attention_adds_up_in_single_precision(dtype, monkeypatch):
     # the output is rounded to 8 bits; sums in bf16 would be off by more than ten times as much
     assert ((out - wanted) / wanted).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 0) + 1e-6
     monkeypatch.setattr(linear, "_STATE_BYTES", 1)
-    torch.testing.assert_close(linear_attention(q, k, v, blocks, lengths, 16), out)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(linear_attention(q, k, v, blocks, lengths, 16), out)
 
 
 def test_a_router_decides_what_is_critical():

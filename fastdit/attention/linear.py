@@ -35,8 +35,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, len
         ``(B, H, S, D)`` in the dtype of ``v``; 0 for queries without keys, or with features that meet none of theirs.
     """
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    for part in _parts(q, k, v, blocks, lengths, block):
-        out[part.at] = part.join(_divide(part.q @ part.states())[0], v)
+    with torch.autocast(v.device.type, enabled=False):
+        for part in _parts(q, k, v, blocks, lengths, block):
+            out[part.at] = part.join(_divide(part.q @ part.states())[0], v)
     return out
 
 
@@ -50,15 +51,16 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, lengths: Tensor, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for part in _parts(q, k, v, blocks, lengths, block):
-        states = part.states()
-        out, weight = _divide(part.q @ states)
-        of_sums = part.cut(grad[part.at]) * weight
-        of_sums = torch.cat([of_sums, -(of_sums * out).sum(-1, keepdim=True)], -1)
-        dq[part.at] = part.join(of_sums @ states.mT, q)
-        of_keys = part.spread(part.q.mT @ of_sums)
-        dk[part.at] = part.join((part.v @ of_keys.mT).masked_fill(~part.real, 0), k)
-        dv[part.at] = part.join((part.k @ of_keys)[..., :-1], v)
+    with torch.autocast(v.device.type, enabled=False):
+        for part in _parts(q, k, v, blocks, lengths, block):
+            states = part.states()
+            out, weight = _divide(part.q @ states)
+            of_sums = part.cut(grad[part.at]) * weight
+            of_sums = torch.cat([of_sums, -(of_sums * out).sum(-1, keepdim=True)], -1)
+            dq[part.at] = part.join(of_sums @ states.mT, q)
+            of_keys = part.spread(part.q.mT @ of_sums)
+            dk[part.at] = part.join((part.v @ of_keys.mT).masked_fill(~part.real, 0), k)
+            dv[part.at] = part.join((part.k @ of_keys)[..., :-1], v)
     return dq, dk, dv
 
 

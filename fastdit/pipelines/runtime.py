@@ -176,7 +176,9 @@ class Layer:
         state = self._state(q, call)
         method = self.runtime.settings.method
         state.kept = None
-        out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
+        # autocast would choose blocks, and add up, in the precision of the model
+        with torch.autocast(q.device.type, enabled=False):
+            out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
         self.stats.count_sparse(state.kept)
         return out
 
