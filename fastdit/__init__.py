@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .mask import BlockMask
     from .pipelines import ModelFamily, list_families, register_family
     from .schedule import Schedule
+    from .search.plan import Plan
     from .tokens import AttentionCall, TokenSpec, VideoGrid
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _HOMES = {
     "mask": ("BlockMask",),
     "pipelines": ("ModelFamily", "list_families", "register_family"),
     "schedule": ("Schedule",),
+    "search.plan": ("Plan",),
     "tokens": ("AttentionCall", "TokenSpec", "VideoGrid"),
 }
 _MODULES = ("api", "attention", "functional", "layout", "mask", "metrics", "pipelines", "report", "schedule", "tokens")

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from .attention import AttentionMethod, get_method
 from .attention.kernels import list_kernels, list_precisions
-from .pipelines.base import find_family
+from .pipelines.base import ModelFamily, find_family
 from .pipelines.context import RunTracker
 from .pipelines.intercept import install, installed, uninstall
 from .pipelines.presets import find_preset
@@ -23,6 +23,7 @@ from .pipelines.targets import find_transformers, require_transformers
 from .pipelines.weights import load_weights, make_weights, save_weights
 from .report import summary
 from .schedule import Schedule
+from .search.plan import Plan, config_hash
 
 
 class SparseAttention:
@@ -133,7 +134,7 @@ class SparseAttention:
 
 def enable_sparse_attention(
     target: Any,
-    method: str | AttentionMethod | None = None,
+    method: str | Path | AttentionMethod | Plan | None = None,
     *,
     schedule: Schedule | None = None,
     kernel: str | None = None,
@@ -146,11 +147,12 @@ def enable_sparse_attention(
 
     Args:
         target: A diffusers pipeline, whose ``transformer`` and ``transformer_2`` are both meant, or a transformer.
-        method: Name of a method, a method, or ``None`` for the model's default.
-        schedule: Which steps and layers stay dense; default: the preset's. A bare transformer does not know how many
-            steps there will be, so by default all of its calls are sparse.
+        method: Name of a method, a method, a plan that a search made, the path of its file, which ends in ``.json``, or
+            ``None`` for the model's default.
+        schedule: Which steps and layers stay dense; default: the plan's or the preset's. A bare transformer does not
+            know how many steps there will be, so without a plan by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
-        precision: One of ``list_precisions()``; default: that of the model.
+        precision: One of ``list_precisions()``; default: the plan's or that of the model.
         **fields: Fields of the method, such as ``density``; the others are those published for the model
             (``fastdit.pipelines.presets``), or the method's defaults.
 
@@ -163,38 +165,27 @@ def enable_sparse_attention(
     """
     transformers = require_transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
-    first = next(iter(transformers.values()))
-    name = method.name if isinstance(method, AttentionMethod) else method
-    preset = find_preset(families[0], first, name, len(transformers))
-    if method is None or isinstance(method, str):
-        method = get_method(preset.method, **{**preset.fields, **fields})
-    elif not isinstance(method, AttentionMethod):
-        raise TypeError(f"method must be a name, a method or None, got {type(method).__name__}")
-    elif fields:
-        raise TypeError(
-            f"fields ({', '.join(fields)}) cannot be combined with a method object; "
-            f"give the name {method.name!r}, or set them with dataclasses.replace"
-        )
+    bare = isinstance(target, Module)
+    methods, default, low = _choose(method, fields, transformers, families, bare)
+    precision = low if precision is None else precision
     if kernel is not None and kernel not in list_kernels():
         raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
     if precision is not None and precision not in list_precisions():
         raise ValueError(f"unknown precision {precision!r}; precisions are: {', '.join(list_precisions())}")
-    bare = isinstance(target, Module)
-    if schedule is None:
-        schedule = Schedule() if bare else preset.schedule
+    schedule = default if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastdit.Schedule, got {type(schedule).__name__}")
-    settings = Settings(method, schedule, kernel, precision)
     tracker = RunTracker(None if bare else target)
     prepared = []
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
         modules = family.self_attentions(transformer)
         _check_layers(schedule, len(modules))
-        weights = make_weights(method, transformer, len(modules))
+        weights = make_weights(methods[title], transformer, len(modules))
+        settings = Settings(methods[title], schedule, kernel, precision)
         runtime = Runtime(family, settings, tracker, [name for name, _ in modules], title, weights)
         prepared.append((transformer, runtime, modules))
     handle = SparseAttention(list(transformers.values()), [runtime for _, runtime, _ in prepared])
-    path = getattr(method, "weights", None)
+    path = getattr(handle.method, "weights", None)
     if path is not None:
         handle.load_weights(path)
     disable_sparse_attention(target)
@@ -226,7 +217,7 @@ def disable_sparse_attention(target: Any) -> None:
 @contextmanager
 def sparse_attention(
     target: Any,
-    method: str | AttentionMethod | None = None,
+    method: str | Path | AttentionMethod | Plan | None = None,
     *,
     schedule: Schedule | None = None,
     kernel: str | None = None,
@@ -273,6 +264,42 @@ def find_sparse_attention(target: Any) -> SparseAttention | None:
         for _, installation in enabled:
             installation.owner = owner
     return owner
+
+
+def _choose(
+    method: str | Path | AttentionMethod | Plan | None,
+    fields: Mapping[str, Any],
+    transformers: Mapping[str, Module],
+    families: Sequence[ModelFamily],
+    bare: bool,
+) -> tuple[dict[str, AttentionMethod], Schedule, str | None]:
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".json")):
+        method = Plan.load(method)
+    if isinstance(method, (AttentionMethod, Plan)) and fields:
+        what = "a plan, whose methods have their own"
+        if isinstance(method, AttentionMethod):
+            what = f"a method object; give the name {method.name!r}, or set them with dataclasses.replace"
+        raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with {what}")
+    if isinstance(method, Plan):
+        for (title, transformer), family in zip(transformers.items(), families, strict=True):
+            _check_fits(method, title, transformer, len(family.self_attentions(transformer)))
+        return {title: method.method(title) for title in transformers}, method.schedule, method.precision
+    name = method.name if isinstance(method, AttentionMethod) else method
+    preset = find_preset(families[0], next(iter(transformers.values())), name, len(transformers))
+    if method is None or isinstance(method, str):
+        method = get_method(preset.method, **{**preset.fields, **fields})
+    if not isinstance(method, AttentionMethod):
+        raise TypeError(f"method must be a name, a method, a plan or None, got {type(method).__name__}")
+    return dict.fromkeys(transformers, method), Schedule() if bare else preset.schedule, None
+
+
+def _check_fits(plan: Plan, title: str, transformer: Module, layers: int) -> None:
+    config: Any = transformer.config
+    heads = getattr(config, "num_attention_heads", 0)
+    kind = type(transformer).__name__
+    reason = plan.fits(title, model_class=kind, config_hash=config_hash(config), layers=layers, heads=heads)
+    if reason is not None:
+        raise ValueError(f"the plan does not fit: {reason}")
 
 
 def _check_layers(schedule: Schedule, count: int) -> None:

@@ -136,7 +136,7 @@ def test_wrapped_transformers_are_unwrapped(model):
         ({"method": "drft"}, ValueError, "did you mean 'draft'"),
         ({"method": "draft", "densty": 0.2}, TypeError, "did you mean 'density'"),
         ({"method": "draft", "density": 25}, ValueError, "write 0.25 to keep 25 %"),
-        ({"method": 3}, TypeError, "must be a name, a method or None"),
+        ({"method": 3}, TypeError, "must be a name, a method, a plan or None"),
         ({"method": tiny.Recorder(), "density": 0.2}, TypeError, "cannot be combined with a method object"),
         ({"method": "draft", "kernel": "magic"}, ValueError, "kernels are: "),
         ({"method": "draft", "schedule": 12}, TypeError, "must be a fastdit.Schedule"),
