@@ -18,7 +18,7 @@ from .settings import Setting
 
 FOLDER = Path("build/benches")
 PROMPT, SEED = "a purple square moving right on a black background", 100
-BUCKETS = 2
+EDGES = (0.6, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,5 +78,5 @@ def calibrated(pipeline: Any, setting: Setting) -> dict[str, Any]:
         recorder = Recorder(steps=(4, 8))
         with fastdit.sparse_attention(pipeline, recorder, schedule=fastdit.Schedule()):
             make_clip(pipeline, PROMPT, SEED)
-        calibrate(recorder.samples, density=setting.density, buckets=BUCKETS).save(path)
+        calibrate(recorder.samples, density=setting.density, edges=EDGES).save(path)
     return {"plan": str(path)}
