@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ..schedule import check_edges, step_bucket
-from ..tokens import AttentionCall
+from ..tokens import AttentionCall, TokenSpec
 from .base import AttentionMethod, Pattern
 from .launches import Group, HeadGroups, Heads, SharedPatterns, merge_heads
 from .state import MethodState
+
+MAX_SIZES = 2
+"""Sizes of video whose patterns are kept: those of all layers together are large."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -184,7 +187,12 @@ class Table(AttentionMethod):
         return HeadGroups(self.methods, q, k, call, state, self._shared(q, call, state))
 
     def _shared(self, q: Tensor, call: AttentionCall, state: MethodState) -> SharedPatterns:
-        return state.cache.static((self, call.tokens, q.device), SharedPatterns)
+        known: OrderedDict[TokenSpec, SharedPatterns] = state.cache.static((self, q.device), OrderedDict)
+        if call.tokens not in known:
+            known[call.tokens] = SharedPatterns()
+            if len(known) > MAX_SIZES:
+                known.popitem(last=False)
+        return known[call.tokens]
 
 
 def method_label(method: AttentionMethod) -> str:
