@@ -211,6 +211,16 @@ def test_what_runs_is_the_plan(text, poisoned_empty):
         assert state.pattern is None
 
 
+def test_a_pattern_of_another_bucket_is_not_reused():
+    spec = TokenSpec(VideoGrid(3, 5, 7))
+    method, state = get_method("paro", plan=plan_for(spec, edges=(0.5, 1))), MethodState()
+    q, k, v = test_methods.qkv(spec)
+    state.resolve(method, q, k, AttentionCall(spec, step=0, num_steps=2))
+    state.refresh = False
+    late = AttentionCall(spec, step=1, num_steps=2)
+    assert torch.equal(method.forward(q, k, v, late, state), method.forward(q, k, v, late, MethodState()))
+
+
 def test_some_heads_of_a_layer():
     spec = TokenSpec(VideoGrid(3, 5, 7), 4)
     q, k, v = test_methods.qkv(spec, heads=5)
