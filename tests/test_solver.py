@@ -186,6 +186,7 @@ def test_frontier_is_convex_and_holds_the_choices():
         ({"groups": [0, 0]}, "groups and max_kinds belong together"),
         ({"groups": [0, 0, 0], "max_kinds": 1}, r"groups must be \(2,\)"),
         ({"groups": [0, 0], "max_kinds": 0}, "max_kinds must be at least 1"),
+        ({"errors": [[0, np.nan], [np.nan, 0]], "groups": [0, 0], "max_kinds": 1}, "leaves cells without a candidate"),
     ],
 )
 def test_senseless_input(change, message):

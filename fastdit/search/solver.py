@@ -84,6 +84,8 @@ def solve(
         if max_kinds < 1:
             raise ValueError(f"max_kinds must be at least 1, got {max_kinds}")
         usable = _limit_kinds(values, weights, usable, limit, *_labels(usable.shape, groups, kinds), max_kinds)
+        if not usable.any(1).all():
+            raise ValueError(f"max_kinds={max_kinds} leaves cells without a candidate; allow more, or dense everywhere")
     hulls = _Hulls.of(values, weights, usable)
     limit = hulls.within_reach(limit, what)
     choice, multiplier = hulls.descend(limit)
