@@ -16,7 +16,8 @@ import fastdit
 from fastdit import metrics
 from fastdit.attention import AttentionMethod, MethodState, get_method
 from fastdit.pipelines import find_family
-from fastdit.search.capture import SampledSteps, capturing
+from fastdit.search.capture import capturing
+from fastdit.search.sampling import SampledSteps, Sampling
 from fastdit.search.scores import CallScores, Scores, digest
 from fastdit.search.scoring import Reference, head_grams, projected_energy, sampled_recall
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
@@ -27,7 +28,8 @@ CANDIDATES = [
     get_method("draft", density=1.0, tile=(1, 4, 4)),
     get_method("radial", block_size=16, min_band=64),
 ]
-FIRST = SampledSteps(choose=lambda steps: frozenset({0}))
+FIRST = SampledSteps(sampling=Sampling(steps=(0,)))
+BOTH_ENDS = SampledSteps(sampling=Sampling(steps=(0, 2)))
 
 
 class Broken(AttentionMethod):
@@ -143,8 +145,7 @@ def test_recall_is_the_softmax_mass_of_what_is_kept(method, text, padded):
 def test_a_captured_video_is_untouched_and_every_call_is_scored(kind):
     pipe = tiny.pipeline(kind)
     expected = tiny.run(pipe)
-    schedule = SampledSteps(choose=lambda steps: frozenset({0, steps - 1}))
-    with capturing(pipe, CANDIDATES, schedule) as scores:
+    with capturing(pipe, CANDIDATES, BOTH_ENDS) as scores:
         got = tiny.run(pipe)
     assert torch.equal(got, expected)
     assert pipe.sparse_attention is None and torch.equal(tiny.run(pipe), expected)
@@ -220,7 +221,7 @@ def test_a_method_that_learns_from_a_dense_first_call_is_judged_by_its_second():
 def test_changes_are_those_of_one_sparse_layer():
     pipe = tiny.pipeline("wan22", layers=3)
     expected = tiny.run(pipe)
-    with capturing(pipe, CANDIDATES, SampledSteps(choose=lambda steps: frozenset({0, 2})), changes=True) as scores:
+    with capturing(pipe, CANDIDATES, BOTH_ENDS, changes=True) as scores:
         got = tiny.run(pipe)
     assert torch.equal(got, expected)
     places = [(c.title, c.step, c.branch, c.layer) for c in scores.changes]

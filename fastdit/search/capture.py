@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch.nn import Module
 
 from ..attention import AttentionMethod, BlockMethod, MethodState, Pattern, PatternCache
 from ..attention.dense import Dense
-from ..pipelines.base import find_family
+from ..pipelines.base import ModelFamily, find_family
 from ..pipelines.context import RunTracker
 from ..pipelines.intercept import install, installed, uninstall
 from ..pipelines.runtime import Runtime, Settings
@@ -24,33 +25,6 @@ from .scores import CallScores, Change, Scores, Shape
 from .scoring import Reference, head_density, known_pattern, sampled_recall
 
 _DENSE = Dense()
-
-
-@dataclass(frozen=True)
-class SampledSteps(Schedule):
-    """Leave all but some steps to the model's own attention, untouched.
-
-    Args:
-        choose: From the number of steps of the run to the steps that are sampled.
-    """
-
-    choose: Callable[[int], frozenset[int]] = field(default=lambda steps: frozenset(range(steps)))
-
-    def dense_reason(self, layer: int, num_layers: int, step: int, num_steps: int | None) -> str | None:
-        """Say why a call is left alone, or return ``None`` if it is sampled.
-
-        Args:
-            layer: Not used.
-            num_layers: Not used.
-            step: Step index, from 0.
-            num_steps: Steps of the run.
-
-        Raises:
-            ValueError: ``num_steps`` is unknown.
-        """
-        if num_steps is None:
-            raise ValueError("a search needs to know the number of denoising steps: give it a pipeline, which says so")
-        return None if step in self.choose(num_steps) else "not a sampled step"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,36 +165,70 @@ def capturing(
     Raises:
         ValueError: Sparse attention is enabled already, or the model is of no family that is known.
     """
+    scores = Scores()
+    watches: list[_Watch] = []
+    hooks: list[Any] = []
+
+    def probe(title: str, family: ModelFamily, transformer: Module) -> Probe:
+        return Probe(
+            title=title,
+            candidates=candidates,
+            projections=[
+                family.output_projection(transformer, path) for path, _ in family.self_attentions(transformer)
+            ],
+            scores=scores,
+            caches=[PatternCache() for _ in candidates],
+            kernel=kernel,
+            precision=precision,
+            advance=advance,
+        )
+
+    with probing(pipeline, probe, schedule) as installed_probes:
+        try:
+            for transformer, runtime in installed_probes:
+                watch = _Watch(runtime, changes)
+                watches.append(watch)
+                hooks.append(transformer.register_forward_pre_hook(watch.before_forward))
+                hooks.append(transformer.register_forward_hook(watch.after_forward, with_kwargs=True))
+            yield scores
+        finally:
+            for hook in hooks:
+                hook.remove()
+    scores.seconds = sum(watch.seconds for watch in watches)
+    scores.attention_seconds = sum(watch.attention_seconds for watch in watches)
+
+
+@contextmanager
+def probing(
+    pipeline: Any, method: Callable[[str, ModelFamily, Module], AttentionMethod], schedule: Schedule
+) -> Iterator[list[tuple[Module, Runtime]]]:
+    """Lead the self-attention of a pipeline's transformers to methods that look at it.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        method: From a transformer's title, family and model to its method.
+        schedule: Which calls are led there: those that it does not call dense.
+
+    Raises:
+        ValueError: Sparse attention is enabled already, or the model is of no family that is known.
+    """
     transformers = require_transformers(pipeline)
     if any(installed(transformer) is not None for transformer in transformers.values()):
         raise ValueError(
             "sparse attention is enabled on this pipeline; call disable_sparse_attention() before a search"
         )
     tracker = RunTracker(pipeline)
-    scores = Scores()
-    hooks = []
+    found = []
     try:
         for title, transformer in transformers.items():
             family = find_family(transformer)
             modules = family.self_attentions(transformer)
-            probe = Probe(
-                title=title,
-                candidates=candidates,
-                projections=[family.output_projection(transformer, path) for path, _ in modules],
-                scores=scores,
-                caches=[PatternCache() for _ in candidates],
-                kernel=kernel,
-                precision=precision,
-                advance=advance,
-            )
-            runtime = Runtime(family, Settings(probe, schedule), tracker, [path for path, _ in modules], title)
+            settings = Settings(method(title, family, transformer), schedule)
+            runtime = Runtime(family, settings, tracker, [path for path, _ in modules], title)
             install(transformer, runtime, modules)
-            watch = _Watch(runtime, probe, changes)
-            hooks.append(transformer.register_forward_hook(watch.after_forward, with_kwargs=True))
-        yield scores
+            found.append((transformer, runtime))
+        yield found
     finally:
-        for hook in hooks:
-            hook.remove()
         for transformer in transformers.values():
             uninstall(transformer)
 
@@ -228,14 +236,27 @@ def capturing(
 class _Watch:
     """Follow the forward passes of a transformer: which steps there are, and what one sparse layer changes of them."""
 
-    def __init__(self, runtime: Runtime, probe: Probe, changes: bool) -> None:
+    def __init__(self, runtime: Runtime, changes: bool) -> None:
+        assert isinstance(runtime.settings.method, Probe)
         self.runtime = runtime
-        self.probe = probe
+        self.probe = runtime.settings.method
         self.changes = changes
         self.measured: set[int] = set()
+        self.seconds = 0.0
+        self.attention_seconds = 0.0
+
+    def before_forward(self, transformer: Any, args: tuple[Any, ...]) -> None:
+        self.sparse_calls = sum(layer.stats.sparse_calls for layer in self.runtime.layers)
+        self.attention = sum(layer.stats.dense_time.seconds for layer in self.runtime.layers)
+        self.began = time.perf_counter()
 
     def after_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tracker, scores = self.runtime.tracker, self.probe.scores
+        layers = self.runtime.layers
+        if sum(layer.stats.sparse_calls for layer in layers) == self.sparse_calls:
+            # waits for the device, so that both times are of the same work
+            self.attention_seconds += sum(layer.stats.dense_time.seconds for layer in layers) - self.attention
+            self.seconds += time.perf_counter() - self.began
         scores.note_step(self.probe.title, tracker.step, tracker.num_steps)
         self.probe.advance(len(self.runtime.layers))
         if not self.changes or tracker.step in self.measured:

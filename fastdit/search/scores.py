@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ..tokens import TokenSpec, VideoGrid
 
 VERSION = 1
-DIGITS = 6
-"""Significant digits kept in a file."""
+DIGITS = 9
+"""Significant digits in a file: enough to tell all fp32 numbers apart."""
 
 Floats = NDArray[np.float32]
 
@@ -120,6 +120,8 @@ class Scores:
         shapes: The sizes of each transformer's calls.
         steps: The steps at which each transformer ran.
         num_steps: Steps of the run; ``None`` before the first.
+        seconds: Time of the forward passes in which nothing was scored.
+        attention_seconds: Time of the self-attention in them.
     """
 
     calls: list[CallScores] = field(default_factory=list)
@@ -127,6 +129,8 @@ class Scores:
     shapes: dict[str, Shape] = field(default_factory=dict)
     steps: dict[str, list[int]] = field(default_factory=dict)
     num_steps: int | None = None
+    seconds: float = 0.0
+    attention_seconds: float = 0.0
 
     def note_shape(self, title: str, shape: Shape) -> None:
         """Take note of the sizes of a call.
@@ -161,6 +165,8 @@ class Scores:
             "version": VERSION,
             "settings": settings,
             "num_steps": self.num_steps,
+            "seconds": self.seconds,
+            "attention_seconds": self.attention_seconds,
             "steps": self.steps,
             "shapes": {title: asdict(shape) for title, shape in self.shapes.items()},
             "changes": [asdict(change) for change in self.changes],
@@ -195,7 +201,8 @@ class Scores:
                 for call in content["calls"]
             ]
             changes = [Change(**change) for change in content["changes"]]
-            return cls(calls, changes, shapes, content["steps"], content["num_steps"])
+            times = {name: content[name] for name in ("seconds", "attention_seconds")}
+            return cls(calls, changes, shapes, content["steps"], content["num_steps"], **times)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

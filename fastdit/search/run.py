@@ -1,0 +1,199 @@
+"""The search as a whole: capture, cost, decision, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.nn import Module
+
+from ..attention import AttentionMethod
+from ..pipelines.base import find_family
+from ..pipelines.presets import find_preset
+from ..pipelines.targets import require_transformers
+from .candidates import make_candidates, sparse_vdit_candidates
+from .cells import QUANTILE, Cells, collect
+from .cost import CostModel
+from .decide import Choices, Problem, Target
+from .plan import Plan, TransformerPlan, config_hash
+from .prompts import calibration_prompts
+from .sampling import Sampling
+from .scores import Scores
+from .sparse_vdit import choose_modes
+from .task import Progress, Task
+
+BUDGET = 0.25
+"""Mean density of a plan where nothing else is asked for."""
+
+PARO_DENSITY = 0.5
+"""Density of PARO's masks where nothing else is asked for: the paper's first."""
+
+PRESETS = ("sparse-vdit", "paro")
+
+PROMPTS = 4
+"""Built-in prompts that are used where the user gives none."""
+
+
+def search(
+    pipeline: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    budget: float | None = None,
+    target_speedup: float | None = None,
+    end_to_end: bool = False,
+    max_error: float | None = None,
+    candidates: Sequence[str | Mapping[str, Any] | AttentionMethod] | None = None,
+    preset: str | None = None,
+    sampling: Sampling | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    kernel: str | None = None,
+    precision: str | None = None,
+    sensitivity: bool = True,
+    quantile: float = QUANTILE,
+    max_kinds: int | None = None,
+    cost: CostModel | None = None,
+    folder: str | Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Plan:
+    """Search for the method and parameters of every step bucket, layer and head.
+
+    The pipeline makes a video of each prompt with its own attention. At the sampled steps every candidate is scored on
+    the same queries, keys and values, one at a time; what is kept are numbers. Then each candidate is timed, and the
+    least error within the limit is solved for.
+
+    Args:
+        pipeline: A diffusers pipeline that sparse attention is not enabled on.
+        prompts: Prompts like those that the plan is for; default: four built-in ones.
+        budget: Limit the mean density of the calls that are decided about, in (0, 1]; default, if nothing else is
+            limited: 0.25.
+        target_speedup: Limit the time: dense self-attention over that of the plan in a whole run, above 0.
+        end_to_end: Whether ``target_speedup`` is that of all denoising.
+        max_error: Limit the error: root mean square of the relative error of a layer's output, at least 0.
+        candidates: Methods, their names, or text such as ``"draft(density=0.2)"``; default: a few of every method.
+        preset: A paper's own procedure. ``"sparse-vdit"``: its patterns and, without a limit, its rule; ``"paro"``: the
+            first prompt gives every head its order and masks, the budget is their density, 0.5 without one.
+        sampling: Which steps stay dense, are told apart and are looked at; default: the model's preset, with no layer
+            kept dense, in three buckets with a step of each.
+        arguments: Keywords of the pipeline's call but the prompt, such as ``num_frames`` and ``num_inference_steps``.
+        seed: Of the noise of the first prompt; each of the others has the next.
+        kernel: Name of the kernel to use; default: the fastest that can run.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the model.
+        sensitivity: Whether to measure, with the first prompt, how much each layer's error changes the model's output.
+        quantile: Of the errors over prompts, steps and guidance passes that counts, in [0, 1].
+        max_kinds: How many candidates the heads of a layer may use in a bucket, at least 1; default: any number.
+        cost: A cost model of another device; default: this one is measured.
+        folder: Where scores are kept, one file for each prompt, so that a search that was interrupted goes on, and
+            another limit needs no new scores; default, and with preset ``"paro"``: nowhere.
+        progress: Called with the stage, what is done and an estimate of all there is to do.
+
+    Returns:
+        The plan; ``save`` it, and give it to ``enable_sparse_attention``.
+
+    Raises:
+        ValueError: Something asked for does not exist, is out of range or cannot be reached; the error says which.
+        TypeError: A candidate has no such field.
+        RuntimeError: A candidate cannot run on this model.
+    """
+    limits = (budget, target_speedup, max_error)
+    _check_preset(preset, candidates, limits)
+    unlimited = all(limit is None for limit in limits)
+    if unlimited:
+        budget = BUDGET
+    target = Target(budget, target_speedup, max_error, end_to_end)
+    methods = sparse_vdit_candidates() if preset == "sparse-vdit" else make_candidates(candidates)
+    texts = _check_prompts(prompts)
+    transformers = require_transformers(pipeline)
+    if sampling is None:
+        sampling = _default_sampling(transformers)
+        if preset == "sparse-vdit" and unlimited:  # its table has no axis of steps
+            sampling = replace(sampling, buckets=1, per_bucket=3)
+    task = Task(pipeline, sampling, dict(arguments or {}), kernel, precision, progress)
+    folder = None if folder is None else Path(folder)
+    only: dict[str, AttentionMethod] = {}
+    if preset == "paro":
+        only = dict(task.calibrate_paro(texts[0], seed, PARO_DENSITY if unlimited else budget or PARO_DENSITY))
+        methods, folder = [methods[0], *dict.fromkeys(only.values())], None
+    changes = sensitivity and not (preset and unlimited)
+    runs = task.capture(methods, texts, seed=seed, changes=changes, folder=folder)
+    cells = collect(runs, sampling, quantile=quantile)
+    models = task.costs(methods, cells, cost)
+    problem = Problem(cells, models)
+    if only:
+        choices = {each.title: np.full(each.error.shape[:3], methods.index(only[each.title])) for each in cells}
+    elif preset == "sparse-vdit" and unlimited:
+        choices = {each.title: choose_modes(each.head_mse, each.density) for each in cells}
+    else:
+        choices = problem.solve(target, share=_attention_share(runs), max_kinds=max_kinds)
+    expected = problem.expected(choices)
+    num_steps = runs[0].num_steps or 1
+    return Plan(
+        candidates=tuple(methods),
+        buckets=sampling.edges(num_steps),
+        transformers={
+            each.title: _transformer_plan(each, transformers[each.title], choices, models[each.title]) for each in cells
+        },
+        tokens=cells[0].shape.tokens,
+        steps=num_steps,
+        scheduler=type(pipeline.scheduler).__name__,
+        guidance=task.arguments.get("guidance_scale"),
+        prompts=texts,
+        schedule=sampling.schedule,
+        density=expected.density,
+        speedup=expected.speedup,
+        error=expected.error,
+        curve=problem.curve("density" if budget is not None else "seconds"),
+        cost_model=models[cells[0].title].record(),
+        precision=precision,
+    )
+
+
+def _check_preset(preset: str | None, candidates: Any, limits: tuple[float | None, ...]) -> None:
+    if preset is None:
+        return
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; presets are: {', '.join(PRESETS)}")
+    if candidates is not None:
+        raise ValueError(f"preset {preset!r} has candidates of its own; give one of the two")
+    if preset == "paro" and any(limit is not None for limit in limits[1:]):
+        raise ValueError("preset 'paro' calibrates for a density: give a budget rather than a speed-up or an error")
+
+
+def _check_prompts(prompts: Sequence[str] | None) -> tuple[str, ...]:
+    texts = calibration_prompts(PROMPTS) if prompts is None else tuple(prompts)
+    if isinstance(prompts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"prompts must be at least one text that is not empty, got {prompts!r}")
+    return texts
+
+
+def _default_sampling(transformers: Mapping[str, Module]) -> Sampling:
+    transformer = next(iter(transformers.values()))
+    preset = find_preset(find_family(transformer), transformer, None, len(transformers))
+    return Sampling(replace(preset.schedule, dense_layers=()))
+
+
+def _attention_share(runs: Sequence[Scores]) -> float | None:
+    seconds = sum(run.seconds for run in runs)
+    share = sum(run.attention_seconds for run in runs) / seconds if seconds > 0 else 0.0
+    return share if 0 < share <= 1 else None
+
+
+def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model: CostModel) -> TransformerPlan:
+    chosen = choices[cells.title]
+    config: Any = transformer.config
+
+    def pick(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, chosen[..., None], -1)[..., 0]
+
+    return TransformerPlan(
+        model_class=type(transformer).__name__,
+        config_hash=config_hash(dict(config)),
+        head_dim=cells.shape.head_dim,
+        choices=chosen.tolist(),
+        errors=pick(cells.error).tolist(),
+        densities=pick(cells.density).tolist(),
+        seconds=pick(cells.seconds(model)).tolist(),
+    )
