@@ -76,6 +76,7 @@ CASES = [
     Case(heads=(1, 1), tokens=(300, 256), blocks=(256, 64), head_dim=64),
     Case(heads=(1, 1), tokens=(33, 17), blocks=(16, 16), head_dim=16),
     Case(heads=(1, 1), tokens=(100, 200), blocks=(48, 96), head_dim=72),
+    Case(heads=(1, 1), tokens=(40, 630), blocks=(16, 16), head_dim=32, rows="one"),
 ]
 
 

@@ -16,7 +16,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, constants, options
+from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, compile_options, constants
+from fastdit.attention.kernels.triton_means import _block_means_kernel, means_constants
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
@@ -36,24 +37,49 @@ class Compiled:
     serialized: bool
 
 
-def compile_fwd(arch: int, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int, config: Config) -> Compiled:
+def compile_fwd(
+    arch: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_q: int,
+    block_k: int,
+    config: Config,
+    *,
+    compensate: bool = False,
+) -> Compiled:
     """Compile the forward kernel as a launch with aligned, contiguous tensors would."""
-    kernel = _block_sparse_fwd_kernel
-    constexprs = constants(head_dim, dtype, block_q, block_k, config)
+    constexprs = constants(head_dim, dtype, block_q, block_k, config, compensate=compensate)
+    tensor_op = TENSOR_CORES[arch] if config.tile_q >= MIN_WIDE_TILE else "HMMA"
+    kinds = {"lse_ptr": "*fp32", "dropped_ptr": "*i8", "scale": "fp32"}
+    return _compile(_block_sparse_fwd_kernel, arch, dtype, constexprs, compile_options(config), kinds, tensor_op)
+
+
+def compile_means(arch: int, head_dim: int, dtype: torch.dtype, block: int) -> Compiled:
+    """Compile the kernel for means, likewise."""
+    constexprs = means_constants(head_dim, block)
+    return _compile(_block_means_kernel, arch, dtype, constexprs, {}, {"means_ptr": "*fp32"}, "HMMA")
+
+
+def _compile(
+    kernel: triton.JITFunction,
+    arch: int,
+    dtype: torch.dtype,
+    constexprs: dict[str, int | bool | str],
+    options: dict[str, int | bool],
+    kinds: dict[str, str],
+    tensor_op: str,
+) -> Compiled:
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constexprs:
             signature[name] = "constexpr"
-        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        elif name in kinds:
+            signature[name] = kinds[name]
+        elif re.fullmatch(r"(q|k|v|x|out|mean_[kv])_ptr", name):
             signature[name] = f"*{_NAMES[dtype]}"
-        elif name == "lse_ptr":
-            signature[name] = "*fp32"
-        elif name.endswith("_ptr"):
-            signature[name] = "*i32"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-        strided = re.fullmatch(r"stride_[qkvo][bhs]", name)
-        if name.endswith("_ptr") or strided:
+            signature[name] = "*i32" if name.endswith("_ptr") else "i32"
+        if name.endswith("_ptr") or re.fullmatch(r"stride_[qkvox][bhs]", name):
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
@@ -61,8 +87,7 @@ def compile_fwd(arch: int, head_dim: int, dtype: torch.dtype, block_q: int, bloc
         constexprs={(kernel.arg_names.index(name),): value for name, value in constexprs.items()},
         attrs=aligned,
     )
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
-    tensor_op = TENSOR_CORES[arch] if config.tile_q >= MIN_WIDE_TILE else "HMMA"
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _inspect(built.asm["ptx"], built.asm["cubin"], built.metadata.shared, arch, tensor_op)
 
 

@@ -5,11 +5,15 @@ import torch
 from kernel_cases import CASES, Case, check_against_reference
 
 from fastdit.attention.kernels import block_sparse_attention, choose_kernel
+from fastdit.attention.kernels.means import block_means
+from fastdit.attention.kernels.options import Options
 from fastdit.attention.kernels.triton_config import Config
 from fastdit.attention.kernels.triton_fwd import block_sparse_fwd
+from fastdit.attention.kernels.triton_means import MEANS_TILE, triton_block_means
 
 RUNS = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
 RUNS += [(case, torch.float16) for case in CASES[:4]]
+COMPENSATED = [(CASES[i], torch.float32) for i in (1, 3, 9, 10)] + [(CASES[i], torch.bfloat16) for i in (2, 5, 10)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
@@ -17,25 +21,42 @@ def test_agrees_with_fp64(case, dtype, poisoned_empty):
     check_against_reference(case, dtype, "triton")
 
 
-@pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 32)], ids=str)
-def test_blocks_larger_than_tiles(tiles):
-    case = Case(heads=(2, 1), tokens=(130, 250), blocks=(64, 128), padded=True)
+@pytest.mark.parametrize(("case", "dtype"), COMPENSATED, ids=str)
+def test_compensation_agrees_with_fp64(case, dtype, poisoned_empty):
+    check_against_reference(case, dtype, "triton", compensate="mean")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "compensate"), [((16, 16), None), ((16, 64), None), ((64, 32), None), ((32, 16), "mean")], ids=str
+)
+def test_blocks_larger_than_tiles(tiles, compensate):
+    case = Case(heads=(2, 1), tokens=(66, 250), blocks=(64, 128), padded=True)
     mask = case.mask()
     q, k, v = case.tensors(torch.float32)
-    out, lse = block_sparse_fwd(q, k, v, mask, 0.1, Config(*tiles, 4, 2))
-    expected, expected_lse = block_sparse_attention(q, k, v, mask, scale=0.1, kernel="reference")
+    out, lse = block_sparse_fwd(q, k, v, mask, Options(0.1, compensate), Config(*tiles, 4, 2))
+    expected, expected_lse = block_sparse_attention(q, k, v, mask, scale=0.1, kernel="reference", compensate=compensate)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
 
 
-@pytest.mark.parametrize("scale", [-0.2, 0.0, 1.5])
-def test_any_scale_and_memory_order(scale):
+@pytest.mark.parametrize(("scale", "compensate"), [(-0.2, None), (0.0, None), (1.5, None), (-0.2, "mean")])
+def test_any_scale_and_memory_order(scale, compensate):
     case = Case(heads=(2, 2), tokens=(90, 70))
     mask = case.mask()
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors(torch.float32))
-    out, _ = block_sparse_attention(q, k, v, mask, scale=scale, kernel="triton")
-    expected = block_sparse_attention(q, k, v, mask, scale=scale, kernel="reference")[0]
+    out, _ = block_sparse_attention(q, k, v, mask, scale=scale, kernel="triton", compensate=compensate)
+    expected = block_sparse_attention(q, k, v, mask, scale=scale, kernel="reference", compensate=compensate)[0]
     torch.testing.assert_close(out, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_means(dtype, poisoned_empty):
+    case = Case(heads=(2, 2), mask_heads=(1, 2), tokens=(96, 110), blocks=(16, 48), head_dim=72, padded=True)
+    mask = case.mask()
+    x = case.tensors(dtype)[1].transpose(1, 2).contiguous().transpose(1, 2)
+    means = triton_block_means(x, mask)
+    torch.testing.assert_close(means[:, :, : mask.num_k], block_means(x, mask))
+    assert means.shape[2] % MEANS_TILE == 0 and (means[:, :, mask.num_k :] == 0).all()
 
 
 @pytest.mark.parametrize(

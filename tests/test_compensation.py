@@ -120,6 +120,18 @@ def test_long_rows_of_means_with_gaps():
     torch.testing.assert_close(lse, expected_lse.float())
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sample_without_keys(kernel):
+    case = Case(heads=(2, 1))
+    mask = case.mask()
+    mask = mask.with_lengths_k(torch.stack([torch.zeros(1, 4), mask.lengths_k[0]]))
+    tensors = [x.requires_grad_() for x in case.tensors(torch.float32)]
+    out, lse = block_sparse_attention(*tensors, mask, kernel=kernel, compensate="mean")
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all() and lse[1].isfinite().all()
+    for x, grad in zip(tensors, torch.autograd.grad(out.square().sum(), tensors), strict=True):
+        assert grad.shape == x.shape and (grad[0] == 0).all() and grad[1].isfinite().all() and grad[1].any()
+
+
 def test_unknown_compensation():
     case = Case()
     with pytest.raises(ValueError, match="unknown compensate 'median'; there are: mean, or None"):

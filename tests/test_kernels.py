@@ -35,10 +35,11 @@ def test_triton_in_the_interpreter():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("compensate", [None, "mean"])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_triton_on_a_gpu(case, dtype, poisoned_empty):
-    check_against_reference(case, dtype, "triton", "cuda")
+def test_triton_on_a_gpu(case, dtype, compensate, poisoned_empty):
+    check_against_reference(case, dtype, "triton", "cuda", compensate)
 
 
 def test_reference_is_plain_masked_attention():

@@ -49,10 +49,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return f"it takes blocks of a multiple of 16 tokens, got {mask.block_q} and {mask.block_k}"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
-    if options.compensate is not None:
-        return "it does not compensate yet"
     if options.precision is not None:
-        return f"it computes in the precision of its inputs, not in {options.precision} yet"
+        return f"it computes in the precision of its inputs; it has no {options.precision} yet"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "it has no backward yet; use torch.no_grad(), or kernel='reference', which has one"
     return None
@@ -74,11 +72,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
     from .triton_fwd import block_sparse_fwd
 
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    config = choose_config(capability, q.shape[3], q.dtype, mask.block_q, mask.block_k)
+    compensate = options.compensate is not None
+    config = choose_config(capability, q.shape[3], q.dtype, mask.block_q, mask.block_k, compensate=compensate)
     if not q.is_cuda:
-        return block_sparse_fwd(q, k, v, mask, options.scale, config)
+        return block_sparse_fwd(q, k, v, mask, options, config)
     with torch.cuda.device(q.device):
-        return block_sparse_fwd(q, k, v, mask, options.scale, config)
+        return block_sparse_fwd(q, k, v, mask, options, config)
 
 
 def _interpreted() -> bool:

@@ -58,8 +58,22 @@ TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
     (120, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
 }
 
+# By head dim: fp32 with means, on every architecture. The tiles above leave no registers for the means then.
+TABLE_SINGLE_MEANS: dict[int, tuple[Config, ...]] = {
+    64: (Config(32, 32, 8, 2), Config(16, 16, 4, 2)),
+    128: (Config(16, 16, 8, 2),),
+}
 
-def choose_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Config:
+
+def choose_config(
+    capability: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    block_q: int,
+    block_k: int,
+    *,
+    compensate: bool = False,
+) -> Config:
     """Return the best settings for a call.
 
     Args:
@@ -68,9 +82,13 @@ def choose_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype
         dtype: bf16, fp16 or fp32.
         block_q: Queries in a block of the mask, a multiple of 16.
         block_k: Keys in a block of the mask, a multiple of 16.
+        compensate: Whether means stand in for blocks that are not listed.
     """
     dim = 64 if head_dim <= 64 else 128
-    configs = TABLE[table_arch(capability), dim, dtype.itemsize * 8]
+    if compensate and dtype.itemsize == 4:
+        configs = TABLE_SINGLE_MEANS[dim]
+    else:
+        configs = TABLE[table_arch(capability), dim, dtype.itemsize * 8]
     return next(c for c in configs if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
 
 

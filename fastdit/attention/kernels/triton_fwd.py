@@ -10,7 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...mask import BlockMask
+from .means import dropped_blocks
+from .options import Options
 from .triton_config import Config
+from .triton_means import MEANS_TILE, broadcast_strides, triton_block_means
 
 
 @triton.jit
@@ -20,6 +23,26 @@ def _dot(a, b, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _load(tile, dims, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    if HEAD_DIM == PADDED_DIM:
+        return tl.load(tile)
+    else:
+        return tl.load(tile, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _add_some(scores, v, acc, total, top, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    # Scores may be -inf. While a row has seen no key its maximum is -inf, and -inf minus -inf is no number.
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDEN, PRECISION)
+    return acc, total, new_top
 
 
 @triton.jit
@@ -53,27 +76,52 @@ def _attend(
     start = block.to(tl.int64) * BLOCK_K
     k_tile = k_head + start * stride_ks + (rows[:, None] * stride_ks + dims[None, :])
     v_tile = v_head + start * stride_vs + (rows[:, None] * stride_vs + dims[None, :])
-    if HEAD_DIM == PADDED_DIM:
-        k = tl.load(k_tile)
-        v = tl.load(v_tile)
-    else:
-        k = tl.load(k_tile, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-        v = tl.load(v_tile, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    k = _load(k_tile, dims, HEAD_DIM, PADDED_DIM)
+    v = _load(v_tile, dims, HEAD_DIM, PADDED_DIM)
     scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
     if RAGGED:
         scores = tl.where(real[None, :], scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # While a row has seen no key its maximum is -inf, and -inf minus -inf is no number.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
+        return _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
     else:
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        base = new_top
-        weights = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDEN, PRECISION)
-    return acc, total, new_top
+        weights = tl.exp2(scores * scale - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDEN, PRECISION)
+        return acc, total, new_top
+
+
+@triton.jit
+def _attend_means(
+    q,
+    acc,
+    total,
+    top,
+    k_head,
+    v_head,
+    dropped_row,
+    length_head,
+    start,
+    num_k,
+    scale,
+    dims,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = start + tl.arange(0, TILE)
+    inside = blocks < num_k
+    dropped = tl.load(dropped_row + blocks, mask=inside, other=0) != 0
+    sizes = tl.maximum(tl.load(length_head + blocks, mask=inside, other=1), 1).to(tl.float32)
+    # Past the last block there are zeros, so that means are loaded without masks.
+    k = _load(k_head + (blocks[:, None] * HEAD_DIM + dims[None, :]), dims, HEAD_DIM, PADDED_DIM)
+    v = _load(v_head + (blocks[:, None] * HEAD_DIM + dims[None, :]), dims, HEAD_DIM, PADDED_DIM)
+    # A key that counts n times has log(n) added to its score.
+    bias = tl.where(dropped, tl.log2(sizes), float("-inf"))
+    scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION) * scale + bias[None, :]
+    return _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
 
 
 @triton.jit
@@ -87,6 +135,9 @@ def _block_sparse_fwd_kernel(
     counts_ptr,
     full_counts_ptr,
     lengths_ptr,
+    mean_k_ptr,
+    mean_v_ptr,
+    dropped_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -106,7 +157,10 @@ def _block_sparse_fwd_kernel(
     stride_ch,
     stride_lb,
     stride_lh,
+    stride_db,
+    stride_dh,
     tokens_q,
+    num_k,
     scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -114,6 +168,9 @@ def _block_sparse_fwd_kernel(
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    COMPENSATE: tl.constexpr,
+    MEANS_TILE: tl.constexpr,
+    MEANS_STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -158,6 +215,15 @@ def _block_sparse_fwd_kernel(
             stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K, RAGGED_TILE_K, True, WIDEN, PRECISION,
         )  # fmt: skip
 
+    if COMPENSATE:
+        mean_head = (batch * tl.num_programs(1) + head) * tl.cdiv(num_k, MEANS_TILE) * MEANS_TILE * HEAD_DIM
+        dropped_row = dropped_ptr + batch * stride_db + head * stride_dh + row.to(tl.int64) * num_k
+        for start in tl.range(0, num_k, MEANS_TILE, num_stages=MEANS_STAGES):
+            acc, total, top = _attend_means(
+                q, acc, total, top, mean_k_ptr + mean_head, mean_v_ptr + mean_head, dropped_row, length_ptr, start,
+                num_k, scale, dims, HEAD_DIM, PADDED_DIM, MEANS_TILE, WIDEN, PRECISION,
+            )  # fmt: skip
+
     some = total > 0
     safe = tl.where(some, total, 1.0)
     lse = tl.where(some, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
@@ -170,7 +236,7 @@ def _block_sparse_fwd_kernel(
 
 
 def block_sparse_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, config: Config
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel.
 
@@ -179,13 +245,14 @@ def block_sparse_fwd(
         k: ``(B, H, Sk, D)`` keys, likewise.
         v: ``(B, H, Sk, D)`` values, likewise.
         mask: The blocks.
-        scale: Softmax scale.
+        options: How, in the precision of the inputs.
         config: Tiles that divide the mask's blocks.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype and memory order of ``q``, and the natural log-sum-exp,
         ``(B, H, Sq)`` fp32.
     """
+    scale, compensate = options.scale, options.compensate is not None
     if scale < 0:
         # The kernel takes the row maximum before it scales.
         q, scale = -q, -scale
@@ -195,6 +262,10 @@ def block_sparse_fwd(
     indices, counts, full_counts, lengths = (
         x.contiguous() for x in (mask.indices, mask.counts, mask.full_counts, mask.lengths_k)
     )
+    mean_k, mean_v, dropped = k, v, counts  # not read
+    if compensate:
+        mean_k, mean_v = triton_block_means(k, mask).to(k.dtype), triton_block_means(v, mask).to(v.dtype)
+        dropped = dropped_blocks(mask).view(torch.int8)
     _block_sparse_fwd_kernel[(triton.cdiv(tokens, config.tile_q), heads, batch)](
         q,
         k,
@@ -205,24 +276,29 @@ def block_sparse_fwd(
         counts,
         full_counts,
         lengths,
+        mean_k,
+        mean_v,
+        dropped,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:3],
-        *_broadcast_strides(indices),
+        *broadcast_strides(indices),
         indices.stride(2),
-        *_broadcast_strides(counts),
-        *_broadcast_strides(lengths),
+        *broadcast_strides(counts),
+        *broadcast_strides(lengths),
+        *broadcast_strides(dropped),
         tokens,
+        mask.num_k,
         scale * math.log2(math.e),
-        **constants(dim, q.dtype, mask.block_q, mask.block_k, config),
-        **options(config),
+        **constants(dim, q.dtype, mask.block_q, mask.block_k, config, compensate=compensate),
+        **compile_options(config),
     )
     return out, lse
 
 
 def constants(
-    head_dim: int, dtype: torch.dtype, block_q: int, block_k: int, config: Config
+    head_dim: int, dtype: torch.dtype, block_q: int, block_k: int, config: Config, *, compensate: bool
 ) -> dict[str, int | bool | str]:
     """Return the compile-time arguments of the forward kernel.
 
@@ -232,6 +308,7 @@ def constants(
         block_q: Queries in a block of the mask.
         block_k: Keys in a block of the mask.
         config: Tiles that divide the mask's blocks.
+        compensate: Whether means stand in for blocks that are not listed.
     """
     return {
         "HEAD_DIM": head_dim,
@@ -240,19 +317,19 @@ def constants(
         "BLOCK_K": block_k,
         "TILE_Q": config.tile_q,
         "TILE_K": config.tile_k,
+        "COMPENSATE": compensate,
+        "MEANS_TILE": MEANS_TILE,
+        # For small tiles the assembler would rather spill than give up a program per multiprocessor.
+        "MEANS_STAGES": 1 if head_dim <= 32 or config.tile_q == 16 else config.num_stages,
         "WIDEN": triton.knobs.runtime.interpret and dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
 
 
-def options(config: Config) -> dict[str, int | bool]:
+def compile_options(config: Config) -> dict[str, int | bool]:
     """Return how the forward kernel is compiled.
 
     Args:
         config: The settings.
     """
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-
-
-def _broadcast_strides(x: Tensor) -> tuple[int, int]:
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
