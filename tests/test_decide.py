@@ -249,6 +249,16 @@ def test_the_curve_goes_from_the_least_cost_to_no_error():
     assert curve[0, 1] == pytest.approx(problem.expected({"transformer": np.full((2, 2, 2), 1)}).error)
 
 
+@pytest.mark.parametrize("unit", ["density", "seconds"])
+def test_what_a_plan_is_expected_to_do_lies_on_the_curve(unit):
+    (cells,) = collect([scores(random_error())], Sampling(Schedule(warmup_steps=1), buckets=1))
+    problem = Problem([cells], {"transformer": cost_of(METHODS)})
+    at, error = problem.curve(unit)[0]
+    cheapest = problem.expected({"transformer": np.full((1, 2, 2), 1)})
+    assert at == pytest.approx(cheapest.density if unit == "density" else 1 / cheapest.speedup)
+    assert error == pytest.approx(cheapest.error) and problem.fixed > 0
+
+
 def test_a_schedule_that_leaves_nothing_open():
     (cells,) = collect([scores(random_error())], Sampling(Schedule(dense_layers=(0, 1)), buckets=1))
     with pytest.raises(ValueError, match="nothing to decide"):

@@ -129,6 +129,7 @@ DAMAGED = {
     "schedule of texts": (at("schedule", "dense_layers", to=["a"]), "schedule makes no sense: dense_layers"),
     "density of the whole": (at("expected", "density", to=2), "expected.density must be a number in [0, 1], got 2"),
     "curve of three": (at("curve", 0, to=[1, 2, 3]), "curve[0] must be a list of 2"),
+    "curve of something else": (at("curve_unit", to="steps"), "curve_unit must be density or seconds, got 'steps'"),
     "cost model is deep": (
         at("cost_model", to=json.loads('{"a":' * 40 + "1" + "}" * 40)),
         "must be less deep, got an object of 1",

@@ -65,7 +65,7 @@ def test_a_plan_holds_what_was_asked_for_and_runs(tmp_path):
     assert plan.buckets == (0.5, 1.0) and plan.steps == 4 and plan.schedule == Schedule(warmup_steps=1)
     assert plan.prompts == PROMPTS and plan.guidance == 5.0 and plan.scheduler == "FlowMatchEulerDiscreteScheduler"
     assert plan.density <= 0.4 and 0 < plan.error < 1 and plan.speedup > 1
-    assert plan.curve[0][1] >= plan.error >= plan.curve[-1][1]
+    assert plan.curve[0][1] >= plan.error >= plan.curve[-1][1] and plan.curve_unit == "density"
     found = plan.transformers["transformer"]
     # buckets hold one step and two
     densities = np.array(found.densities)

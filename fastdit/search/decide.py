@@ -212,14 +212,14 @@ class Problem:
         """Return what other budgets would have given: pairs of cost relative to dense, and error, by ascending cost.
 
         Args:
-            unit: ``"density"`` or ``"seconds"``.
+            unit: ``"density"``, that of the calls that the search decides about, or ``"seconds"``, those of all calls.
         """
-        costs = self.density if unit == "density" else self.seconds
+        costs, fixed = (self.density, 0.0) if unit == "density" else (self.seconds, self.fixed)
         cost, error = frontier(self.usable, costs)
         error = np.where(error > _ROUNDING * error.max(initial=0), error, 0)
         spots = np.unique(np.linspace(0, len(cost) - 1, POINTS).round().astype(int))
-        dense = float(costs[:, 0].sum())
-        return tuple((float(cost[i] / dense), float(np.sqrt(error[i] / self.layers))) for i in spots)
+        dense = float(costs[:, 0].sum()) + fixed
+        return tuple((float((cost[i] + fixed) / dense), float(np.sqrt(error[i] / self.layers))) for i in spots)
 
 
 def _fill(choices: NDArray[np.int64]) -> None:

@@ -27,7 +27,18 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,127}"
 _CELLS = {"errors": (0.0, MAX_NUMBER), "densities": (0.0, 1.0), "seconds": (0.0, MAX_NUMBER)}
 _RUN = ("steps", "scheduler", "guidance", "prompts", "precision")
 _EXPECTED = ("density", "speedup", "error")
-_ENTRIES = ("buckets", "transformers", "video", "run", "schedule", "expected", "curve", "cost_model", "fastdit")
+_ENTRIES = (
+    "buckets",
+    "transformers",
+    "video",
+    "run",
+    "schedule",
+    "expected",
+    "curve",
+    "curve_unit",
+    "cost_model",
+    "fastdit",
+)
 
 
 def _installed_version() -> str:
@@ -95,7 +106,8 @@ class Plan:
         density: Fraction of pairs expected to be computed in sparse calls, in [0, 1].
         speedup: Time of dense attention over that of the plan, as expected, at least 0.
         error: Error expected, at least 0, as the search measures it.
-        curve: Pairs of relative cost and error that other budgets would have had, by ascending cost.
+        curve: Pairs of cost, relative to dense, and error that other budgets would have had, by ascending cost.
+        curve_unit: What this cost is: ``"density"`` or ``"seconds"``.
         cost_model: How seconds were predicted, in numbers and texts.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
         fastdit: Version that made the plan.
@@ -117,6 +129,7 @@ class Plan:
     speedup: float
     error: float
     curve: tuple[tuple[float, float], ...] = ()
+    curve_unit: str = "density"
     cost_model: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
     fastdit: str = field(default_factory=_installed_version)
@@ -239,6 +252,7 @@ class Plan:
             "schedule": dataclasses.asdict(self.schedule),
             "expected": {name: getattr(self, name) for name in _EXPECTED},
             "curve": self.curve,
+            "curve_unit": self.curve_unit,
             "cost_model": self.cost_model,
             "fastdit": self.fastdit,
         }
@@ -294,6 +308,7 @@ def _read(plan: Item, candidates: int) -> dict[str, Any]:
         "speedup": expected["speedup"].number(0),
         "error": expected["error"].number(0),
         "curve": tuple((cost.number(0), error.number(0)) for cost, error in curve),
+        "curve_unit": entries["curve_unit"].text("density|seconds", called="density or seconds"),
         "cost_model": {name: item.plain() for name, item in entries["cost_model"].entries().items()},
         "precision": precision,
         "fastdit": entries["fastdit"].text(r"[A-Za-z0-9.+_-]{1,64}", called="a version"),

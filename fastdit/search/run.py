@@ -108,7 +108,7 @@ def search(
     texts = _check_prompts(prompts)
     transformers = require_transformers(pipeline)
     if sampling is None:
-        sampling = _default_sampling(transformers)
+        sampling = default_sampling(pipeline)
         if preset == "sparse-vdit" and unlimited:  # its table has no axis of steps
             sampling = replace(sampling, buckets=1, per_bucket=3)
     task = Task(pipeline, sampling, dict(arguments or {}), kernel, precision, progress)
@@ -129,6 +129,7 @@ def search(
     else:
         choices = problem.solve(target, share=_attention_share(runs), max_kinds=max_kinds)
     expected = problem.expected(choices)
+    unit = "seconds" if budget is None else "density"
     num_steps = runs[0].num_steps or 1
     return Plan(
         candidates=tuple(methods),
@@ -145,10 +146,26 @@ def search(
         density=expected.density,
         speedup=expected.speedup,
         error=expected.error,
-        curve=problem.curve("density" if budget is not None else "seconds"),
+        curve=problem.curve(unit),
+        curve_unit=unit,
         cost_model=models[cells[0].title].record(),
         precision=precision,
     )
+
+
+def default_sampling(pipeline: Any) -> Sampling:
+    """Return the steps that a search keeps dense, tells apart and looks at where the user says nothing.
+
+    Args:
+        pipeline: A diffusers pipeline.
+
+    Raises:
+        ValueError: Its model is of no family that is known.
+    """
+    transformers = require_transformers(pipeline)
+    transformer = next(iter(transformers.values()))
+    preset = find_preset(find_family(transformer), transformer, None, len(transformers))
+    return Sampling(replace(preset.schedule, dense_layers=()))
 
 
 def _check_preset(preset: str | None, candidates: Any, limits: tuple[float | None, ...]) -> None:
@@ -167,12 +184,6 @@ def _check_prompts(prompts: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(prompts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"prompts must be at least one text that is not empty, got {prompts!r}")
     return texts
-
-
-def _default_sampling(transformers: Mapping[str, Module]) -> Sampling:
-    transformer = next(iter(transformers.values()))
-    preset = find_preset(find_family(transformer), transformer, None, len(transformers))
-    return Sampling(replace(preset.schedule, dense_layers=()))
 
 
 def _attention_share(runs: Sequence[Scores]) -> float | None:
