@@ -14,15 +14,17 @@ from .compare import compare
 from .errors import INTERRUPTED, fail
 from .generate import generate
 from .info import info
+from .inspect import inspect
 
 app = typer.Typer(
     name="fastdit",
-    help="Sparse attention for video diffusion transformers: make videos, compare them, see what can run here.",
+    help="Sparse attention for video diffusion transformers: make videos, search for plans, see what can run here.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
 app.command()(compare)
+app.command()(inspect)
 app.command()(info)
 
 

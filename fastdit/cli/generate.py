@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .errors import guarded
+from .options import ATTENTION, MACHINE, OUTPUT, VIDEO
 from .prompts import Team, plan_jobs, read_prompts
 from .screen import Screen
-
-SPARSE, VIDEO, MACHINE, OUTPUT = "Sparse attention", "Video", "Machine", "Output"
 
 
 @guarded
@@ -22,18 +22,18 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="A text file with one prompt a line, instead of PROMPT.", show_default=False)
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a hub id.")] = "demo",
+    model: options.Model = "demo",
     method: Annotated[
         str | None,
         typer.Option(
             help="Which blocks are computed; see fastdit info (default: best known for the model).",
-            rich_help_panel=SPARSE,
+            rich_help_panel=ATTENTION,
             show_default=False,
         ),
     ] = None,
     density: Annotated[
         float | None,
-        typer.Option(help="Fraction of blocks to compute, in (0, 1].", rich_help_panel=SPARSE, show_default=False),
+        typer.Option(help="Fraction of blocks to compute, in (0, 1].", rich_help_panel=ATTENTION, show_default=False),
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -41,84 +41,40 @@ def generate(
             "--set",
             metavar="NAME=VALUE",
             help="Set a field of the method; may be repeated.",
-            rich_help_panel=SPARSE,
+            rich_help_panel=ATTENTION,
             show_default=False,
         ),
     ] = None,
-    warmup_steps: Annotated[
-        str | None,
+    plan: Annotated[
+        Path | None,
         typer.Option(
-            help="First steps kept dense: a count, or a fraction as in 0.25.",
-            metavar="STEPS",
-            rich_help_panel=SPARSE,
+            help="A plan that fastdit search has written, instead of a method.",
+            rich_help_panel=ATTENTION,
             show_default=False,
         ),
     ] = None,
-    tail_steps: Annotated[
-        str | None,
-        typer.Option(
-            help="Last steps kept dense: a count or a fraction.",
-            metavar="STEPS",
-            rich_help_panel=SPARSE,
-            show_default=False,
-        ),
-    ] = None,
-    dense_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers kept dense, as in 0,1,-1.", metavar="LAYERS", rich_help_panel=SPARSE, show_default=False
-        ),
-    ] = None,
-    refresh_steps: Annotated[
-        str | None,
-        typer.Option(
-            help="Rebuild masks every so many steps, or at the steps listed.",
-            metavar="STEPS",
-            rich_help_panel=SPARSE,
-            show_default=False,
-        ),
-    ] = None,
-    kernel: Annotated[
-        str | None,
-        typer.Option(help="What computes the blocks; see fastdit info.", rich_help_panel=SPARSE, show_default=False),
-    ] = None,
-    precision: Annotated[
-        Literal["int8", "int8_fp8"] | None,
-        typer.Option(help="Products in low precision.", rich_help_panel=SPARSE, show_default=False),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(min=1, help="Pixels.", rich_help_panel=VIDEO, show_default=False)
-    ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels.", rich_help_panel=VIDEO, show_default=False)] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Length of the video.", rich_help_panel=VIDEO, show_default=False)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps.", rich_help_panel=VIDEO, show_default=False)
-    ] = None,
+    warmup_steps: options.WarmupSteps = None,
+    tail_steps: options.TailSteps = None,
+    dense_layers: options.DenseLayers = None,
+    refresh_steps: options.RefreshSteps = None,
+    kernel: options.Kernel = None,
+    precision: options.Precision = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
+    steps: options.Steps = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Of the noise; the same for every prompt.", rich_help_panel=VIDEO)
     ] = 0,
-    guidance: Annotated[
-        float | None,
-        typer.Option(min=0, help="How strongly the prompt is followed.", rich_help_panel=VIDEO, show_default=False),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the video shall not show.", rich_help_panel=VIDEO, show_default=False)
-    ] = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
     fps: Annotated[
         float | None,
         typer.Option(min=1, max=240, help="Frames per second of the file.", rich_help_panel=VIDEO, show_default=False),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"],
-        typer.Option(help="Of the weights; auto is bfloat16 on CUDA, else float32.", rich_help_panel=MACHINE),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel=MACHINE)] = "auto",
-    offload: Annotated[
-        Literal["none", "model", "sequential", "group"],
-        typer.Option(help="Keep weights on the CPU until they are needed.", rich_help_panel=MACHINE),
-    ] = "none",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer with torch.compile.", rich_help_panel=MACHINE)
     ] = False,
@@ -144,16 +100,9 @@ def generate(
         Path | None,
         typer.Option(help="Write all numbers to this JSON file.", rich_help_panel=OUTPUT, show_default=False),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show nothing but errors.", rich_help_panel=OUTPUT)
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Write all numbers to stdout as JSON, and nothing else.", rich_help_panel=OUTPUT),
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error came from.", rich_help_panel=OUTPUT)
-    ] = False,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Make videos with sparse attention.
 
@@ -175,6 +124,7 @@ def generate(
         method=method,
         density=density,
         assignments=assignments or [],
+        plan=plan,
         schedule={
             "warmup_steps": warmup_steps,
             "tail_steps": tail_steps,
@@ -216,6 +166,7 @@ def generate(
     if team.is_first:
         about = {
             "model": model,
+            "plan": None if plan is None else str(plan),
             "seed": seed,
             "device": models.device_name(device),
             "dtype": str(weights).removeprefix("torch."),

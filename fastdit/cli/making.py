@@ -108,7 +108,7 @@ class Studio:
             "prompt": job.prompt,
             "file": str(job.output),
             "method": handle.method.name,
-            "method_fields": asdict(handle.method),
+            "method_fields": handle.method.describe(),
             "schedule": asdict(handle.schedule),
             "kernel": self.settings.kernel,
             "steps": len(sparse.steps),

@@ -120,7 +120,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     """
     compared = report["dense_seconds"] is not None
     columns = ("dense", "sparse", "speed-up") if compared else ("",)
-    table = plain_table(f"{report['method']} on {report['model']}", "", *columns)
+    table = plain_table(f"{report['plan'] or report['method']} on {report['model']}", "", *columns)
 
     def row(name: str, sparse: str, dense: str = "", gain: str = "") -> None:
         add_row(table, name, *((dense, sparse, gain) if compared else (sparse,)))

@@ -6,12 +6,14 @@ import contextlib
 import types
 import typing
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, as_input_error
 
 if TYPE_CHECKING:
     from ..api import SparseAttention
+    from ..search.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,14 @@ class Settings:
     """Hold the arguments of ``enable_sparse_attention``.
 
     Args:
-        method: Name of a method; ``None`` takes the best known one for the model.
+        method: Name of a method, or a plan; ``None`` takes the best known method for the model.
         fields: Fields of the method.
-        schedule: Fields of ``Schedule`` that differ from the model's own.
+        schedule: Fields of ``Schedule`` that differ from the plan's or the model's own.
         kernel: Name of a kernel; ``None`` chooses.
         precision: Low precision of products; ``None`` for that of the model.
     """
 
-    method: str | None = None
+    method: str | Plan | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     kernel: str | None = None
@@ -49,7 +51,7 @@ class Settings:
             if not self.schedule:
                 return handle
             schedule = replace(handle.schedule, **self.schedule)
-            return fastdit.enable_sparse_attention(pipeline, handle.method, schedule=schedule, **how)
+            return fastdit.enable_sparse_attention(pipeline, self.method, schedule=schedule, **how, **self.fields)
 
 
 def read_settings(
@@ -57,6 +59,7 @@ def read_settings(
     method: str | None,
     density: float | None,
     assignments: list[str],
+    plan: Path | None = None,
     schedule: dict[str, str | None],
     kernel: str | None,
     precision: str | None,
@@ -67,6 +70,7 @@ def read_settings(
         method: Name of a method.
         density: Fraction of blocks to keep, in (0, 1].
         assignments: ``name=value`` each, for fields of the method.
+        plan: File of a plan that is run instead of a method.
         schedule: Fields of ``Schedule`` as text; ``None`` where nothing was said.
         kernel: Name of a kernel.
         precision: Low precision of products.
@@ -79,6 +83,10 @@ def read_settings(
     from ..attention.kernels import explain_kernels
 
     values: dict[str, Any] = {}
+    if plan is not None and (method is not None or density is not None or assignments):
+        raise InputError("a plan says what every head runs: leave out --method, --density and --set, or --plan")
+    if method is not None and method.endswith(".json"):
+        raise InputError(f"{method} is the name of a file; a plan is given with --plan")
     if density is not None:
         with as_input_error():
             check_density(density)
@@ -100,7 +108,7 @@ def read_settings(
             raise InputError(f"unknown kernel {kernel!r}; kernels are: {', '.join(reasons)}")
         if reasons[kernel] is not None:
             raise InputError(f"the kernel {kernel!r} cannot run here: {reasons[kernel]}")
-    return Settings(method, values, _read_schedule(schedule), kernel, precision)
+    return Settings(method if plan is None else _read_plan(plan), values, _read_schedule(schedule), kernel, precision)
 
 
 def read_value(name: str, text: str, kind: Any) -> Any:
@@ -143,6 +151,13 @@ def read_value(name: str, text: str, kind: Any) -> Any:
         with contextlib.suppress(ValueError):
             return kind(text)
     raise InputError(f"{name} must be {_spell(kind)}, got {text!r}")
+
+
+def _read_plan(path: Path) -> Plan:
+    from ..search.plan import Plan
+
+    with as_input_error():
+        return Plan.load(path)
 
 
 def _read_schedule(given: dict[str, str | None]) -> dict[str, Any]:
