@@ -14,27 +14,29 @@ DENSE = "dense"
 PARO = "paro"
 
 _TILE = (4, 4, 4)
+_FLAT = (1, 8, 8)
 
-# Fields of the candidates that a method has by default. What compensates is worth most where little is kept, and needs
-# tiles, whose means mean something. AdaSpa's heads do not share their blocks: each may get another method.
+# Fields of the candidates that a method has by default: unlike each other, so that what one head lacks another has.
+# Blocks that stand in by their means are worth most where little is kept, and where a block is a tile, of the whole
+# video or of a frame, or one position in all frames. Heads that attend to everything alike are served by stripes
+# alone. AdaSpa's heads do not share their blocks, because each may get another method.
 _GRID: dict[str, tuple[dict[str, Any], ...]] = {
     DENSE: ({},),
     "draft": (
         {"density": 0.05, "tile": _TILE, "compensate": "mean"},
         {"density": 0.1, "tile": _TILE, "compensate": "mean"},
         {"density": 0.2, "tile": _TILE, "compensate": "mean"},
-        {"density": 0.2, "tile": _TILE},
         {"density": 0.35, "tile": _TILE, "compensate": "mean"},
         {"density": 0.5, "tile": _TILE, "compensate": "mean"},
+        {"density": 0.1, "tile": _FLAT, "compensate": "mean"},
+        {"density": 0.25, "tile": _FLAT, "compensate": "mean"},
+        {"density": 0.2, "tile": _TILE},
     ),
-    "adaspa": (
-        {"density": 0.1, "order": "tile", "tile": _TILE, "adaptive": False, "compensate": "mean"},
-        {"density": 0.25, "order": "tile", "tile": _TILE, "adaptive": False},
-    ),
-    "radial": ({},),
-    "diagonal": ({"density": 0.2},),
-    "multi_diagonal": ({"density": 0.2},),
-    "vertical_stripe": ({"density": 0.1},),
+    "adaspa": ({"density": 0.1, "order": "tile", "tile": _TILE, "adaptive": False, "compensate": "mean"},),
+    "radial": ({"block_size": 64, "compensate": "mean"},),
+    "diagonal": ({"density": 0.1, "compensate": "mean"},),
+    "multi_diagonal": ({"density": 0.1, "compensate": "mean"},),
+    "vertical_stripe": ({"density": 0.05}, {"density": 0.15}),
     "skip": ({},),
     PARO: (),  # its masks are calibrated first, see the preset
 }

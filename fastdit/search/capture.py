@@ -22,7 +22,7 @@ from ..pipelines.targets import require_transformers
 from ..schedule import Schedule
 from ..tokens import AttentionCall
 from .scores import CallScores, Change, Scores, Shape
-from .scoring import Reference, head_density, known_pattern, sampled_recall
+from .scoring import Reference, head_density, known_pattern, naming, sampled_recall
 
 _DENSE = Dense()
 
@@ -44,6 +44,7 @@ class Probe(AttentionMethod):
         kernel: Name of the kernel to use; ``None`` chooses.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
         advance: Called with 1 after each candidate.
+        left_out: Indices of candidates that are not run, because they cannot be chosen anyhow; their scores are NaN.
         alone: Index of the layer that runs sparse by itself, and with which candidate; empty while scores are taken.
     """
 
@@ -55,6 +56,7 @@ class Probe(AttentionMethod):
     kernel: str | None = None
     precision: str | None = None
     advance: Callable[[int], None] = lambda count: None
+    left_out: frozenset[int] = frozenset()
     alone: dict[int, int] = field(default_factory=dict)
 
     name = "probe"
@@ -92,21 +94,15 @@ class Probe(AttentionMethod):
         return out
 
     def _score(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: AttentionCall) -> None:
-        batch, heads, _, dim = q.shape
-        shape = Shape(
-            layers=call.num_layers,
-            heads=heads,
-            head_dim=dim,
-            batch=batch,
-            tokens=call.tokens,
-            dtype=str(q.dtype).removeprefix("torch."),
-            device=str(q.device),
-        )
-        self.scores.note_shape(self.title, shape)
+        self.scores.note_shape(self.title, Shape.of(q, call))
         reference = Reference.of(dense, call, self.projections[call.layer])
+        heads = q.shape[1]
         ones = torch.ones(heads, device=q.device)
         rows = [(0 * ones, 0 * ones, ones, ones)]
         for index in range(1, len(self.candidates)):
+            if index in self.left_out:
+                rows.append((torch.nan * ones, torch.nan * ones, torch.nan * ones, torch.nan * ones))
+                continue
             method = self.candidates[index]
             out, state = self._run(index, q, k, v, call)
             pattern = known_pattern(method, q, k, call, state)
@@ -122,16 +118,12 @@ class Probe(AttentionMethod):
     def _run(self, index: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, MethodState]:
         method = self.candidates[index]
         state = MethodState(cache=self.caches[index], kernel=self.kernel, precision=self.precision)
-        try:
+        with naming(method):
             out = method.forward(q, k, v, call, state)
             if not method.static and type(method).forward is not BlockMethod.forward:
                 # its first call may be a dense one, from which it learns what later ones leave out
                 state.refresh = False
                 out = method.forward(q, k, v, call, state)
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise RuntimeError(f"candidate {method!r} cannot run on this model: {error}; leave it out") from error
         return out, state
 
 
@@ -143,6 +135,7 @@ def capturing(
     *,
     kernel: str | None = None,
     precision: str | None = None,
+    left_out: frozenset[int] = frozenset(),
     changes: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Scores]:
@@ -154,6 +147,7 @@ def capturing(
         schedule: Which calls are scored: those that it does not call dense. ``SampledSteps`` picks steps.
         kernel: Name of the kernel to use; ``None`` chooses.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
+        left_out: Indices of candidates that are not run.
         changes: Whether to measure also what one sparse layer changes of a transformer's output; this takes as many
             more forward passes as there are layers, at the first pass of each sampled step.
         advance: Called with 1 after each attention call of a candidate, and with the number of layers after each
@@ -181,6 +175,7 @@ def capturing(
             kernel=kernel,
             precision=precision,
             advance=advance,
+            left_out=left_out,
         )
 
     with probing(pipeline, probe, schedule) as installed_probes:
@@ -188,8 +183,9 @@ def capturing(
             for transformer, runtime in installed_probes:
                 watch = _Watch(runtime, changes)
                 watches.append(watch)
-                hooks.append(transformer.register_forward_pre_hook(watch.before_forward))
-                hooks.append(transformer.register_forward_hook(watch.after_forward, with_kwargs=True))
+                outside: Any = torch.compiler.disable  # never part of a graph
+                hooks.append(transformer.register_forward_pre_hook(outside(watch.before_forward)))
+                hooks.append(transformer.register_forward_hook(outside(watch.after_forward), with_kwargs=True))
             yield scores
         finally:
             for hook in hooks:

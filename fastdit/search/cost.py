@@ -23,7 +23,7 @@ from ..pipelines.stats import Stopwatch
 from ..tokens import AttentionCall
 from .candidates import describe
 from .scores import Shape
-from .scoring import known_pattern
+from .scoring import known_pattern, naming
 
 ROUNDS = 3
 """How often each candidate is timed; the median counts."""
@@ -243,7 +243,8 @@ def measure_cost(
         base = _time(lambda: Dense().forward(q, k, v, call, MethodState()), q.device)
         for index, method in enumerate(candidates):
             state = MethodState(cache=caches[index], kernel=kernel, precision=precision)
-            found[index], seconds = _run(method, q, k, v, call, state, base)
+            with naming(method):
+                found[index], seconds = _run(method, q, k, v, call, state, base)
             if turn:  # the first round builds static patterns, compiles kernels, warms up
                 ratios[index].append({name: value / base for name, value in seconds.items()})
             advance(1)
@@ -253,9 +254,17 @@ def measure_cost(
     for index, method in enumerate(candidates):
         times = {name: mean * statistics.median(r[name] for r in ratios[index]) for name in ratios[index][0]}
         timings.append(Timing(candidate=describe(method), **found[index], **times))
-    device = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else q.device.type
     sizes = {"tokens": shape.tokens.num_tokens, "heads": shape.heads, "head_dim": shape.head_dim, "batch": shape.batch}
-    return CostModel(device, shape.dtype, kernel, precision, **sizes, dense=mean, timings=tuple(timings))
+    return CostModel(device_name(q.device), shape.dtype, kernel, precision, **sizes, dense=mean, timings=tuple(timings))
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device: a GPU by its model.
+
+    Args:
+        device: The device.
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def structured_qkv(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

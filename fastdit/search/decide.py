@@ -100,7 +100,7 @@ class Problem:
         density = [each.mean_density(models[each.title]) for each in cells]
         errors = [np.square(each.error * each.weights[:, None, None]) for each in cells]
         names = [timing.candidate["method"] for timing in models[cells[0].title].timings]
-        self.slow = [name for i, name in enumerate(names) if all((s[..., i] > s[..., 0]).all() for s in seconds)]
+        self.slow = [name for i, name in enumerate(names) if not any((s[..., i] <= s[..., 0]).any() for s in seconds)]
         self.calls = np.array([cells[i].calls[b, layer] for i, b, layer, _ in self.rows], np.float64)
         self.errors, self.seconds, self.density = (self._take(x) for x in (errors, seconds, density))
         self.usable = np.where(self.seconds <= self.seconds[:, :1], self.errors, np.nan)

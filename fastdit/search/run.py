@@ -61,9 +61,9 @@ def search(
 ) -> Plan:
     """Search for the method and parameters of every step bucket, layer and head.
 
-    The pipeline makes a video of each prompt with its own attention. At the sampled steps every candidate is scored on
-    the same queries, keys and values, one at a time; what is kept are numbers. Then each candidate is timed, and the
-    least error within the limit is solved for.
+    First each candidate is timed; those that take longer than dense attention are left out. Then the pipeline makes a
+    video of each prompt with its own attention. At the sampled steps every candidate is scored on the same queries,
+    keys and values, one at a time; what is kept are numbers. Last, the least error within the limit is solved for.
 
     Args:
         pipeline: A diffusers pipeline that sparse attention is not enabled on.
@@ -117,14 +117,17 @@ def search(
     if preset == "paro":
         only = dict(task.calibrate_paro(texts[0], seed, PARO_DENSITY if unlimited else budget or PARO_DENSITY))
         methods, folder = [methods[0], *dict.fromkeys(only.values())], None
-    changes = sensitivity and not (preset and unlimited)
-    runs = task.capture(methods, texts, seed=seed, changes=changes, folder=folder)
+    own_rule = bool(only) or (preset is not None and unlimited)
+    model = task.cost(methods, task.survey(texts[0], seed), cost, folder)
+    left_out = frozenset() if own_rule else task.slower_than_dense(model)
+    changes = sensitivity and not own_rule
+    runs = task.capture(methods, texts, seed=seed, left_out=left_out, changes=changes, folder=folder)
     cells = collect(runs, sampling, quantile=quantile)
-    models = task.costs(methods, cells, cost)
+    models = {each.title: model.scaled_to(each.shape) for each in cells}
     problem = Problem(cells, models)
     if only:
         choices = {each.title: np.full(each.error.shape[:3], methods.index(only[each.title])) for each in cells}
-    elif preset == "sparse-vdit" and unlimited:
+    elif own_rule:
         choices = {each.title: choose_modes(each.head_mse, each.density) for each in cells}
     else:
         choices = problem.solve(target, share=_attention_share(runs), max_kinds=max_kinds)

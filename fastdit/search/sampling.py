@@ -71,6 +71,22 @@ class Sampling:
         starts = [steps[len(steps) * i // count] for i in range(1, count)]
         return (*(start / num_steps for start in starts), 1.0)
 
+    def calls(self, num_steps: int) -> list[tuple[int, int]]:
+        """Count for each bucket its sparse steps, and those of them that choose blocks anew, the first included.
+
+        Args:
+            num_steps: Steps of the run, at least 1.
+
+        Raises:
+            ValueError: The schedule keeps all steps dense.
+        """
+        edges = self.edges(num_steps)
+        inside: list[list[int]] = [[] for _ in edges]
+        for step in self.sparse_steps(num_steps):
+            inside[step_bucket(edges, step, num_steps)].append(step)
+        anew = [sum(self.schedule.refreshes(step, num_steps) for step in steps) for steps in inside]
+        return [(len(steps), max(count, min(len(steps), 1))) for steps, count in zip(inside, anew, strict=True)]
+
     def sampled(self, num_steps: int) -> frozenset[int]:
         """Return the steps to sample.
 

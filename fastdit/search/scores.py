@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..tokens import TokenSpec, VideoGrid
+from ..tokens import AttentionCall, TokenSpec, VideoGrid
+from .schema import write_whole
 
 VERSION = 1
 DIGITS = 9
@@ -45,6 +46,18 @@ class Shape:
     tokens: TokenSpec
     dtype: str
     device: str
+
+    @classmethod
+    def of(cls, q: Tensor, call: AttentionCall) -> Shape:
+        """Return the sizes of a call.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            call: The call.
+        """
+        batch, heads, _, dim = q.shape
+        dtype = str(q.dtype).removeprefix("torch.")
+        return cls(call.num_layers, heads, dim, batch, call.tokens, dtype, str(q.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +186,7 @@ class Scores:
             "calls": [{**vars(call), **{name: _plain(getattr(call, name)) for name in _ARRAYS}} for call in self.calls],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            partial.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(content, allow_nan=False).encode())
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> Scores | None:

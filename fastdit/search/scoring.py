@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +135,25 @@ def sampled_recall(q: Tensor, k: Tensor, pattern: Pattern, call: AttentionCall, 
         kept = blocks[:, :, position // mask.block_k]
         recall[head] = (scores.softmax(-1) * kept).sum(-1).mean()
     return recall
+
+
+@contextmanager
+def naming(method: AttentionMethod) -> Iterator[None]:
+    """Name a candidate in the error, if it cannot run.
+
+    Args:
+        method: The candidate.
+
+    Raises:
+        RuntimeError: It cannot.
+        OutOfMemoryError: It could, with more memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(f"candidate {method!r} cannot run on this model: {error}; leave it out") from error
 
 
 def known_pattern(method: AttentionMethod, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Any:

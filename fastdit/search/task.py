@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..attention import AttentionMethod
+from ..attention import AttentionMethod, MethodState, Pattern
 from ..attention.paro import Paro, calibrate
 from ..pipelines.base import find_family
 from ..pipelines.targets import require_transformers
+from ..schedule import Schedule
+from ..tokens import AttentionCall
 from .candidates import describe
-from .capture import capturing
-from .cells import Cells, check_covered
-from .cost import ROUNDS, CostModel, measure_cost
+from .capture import capturing, probing
+from .cells import check_covered
+from .cost import ROUNDS, CostModel, device_name, measure_cost
 from .fingerprint import fingerprint, plain
 from .live import LiveSamples
 from .sampling import SampledSteps, Sampling
-from .scores import Scores, digest
+from .schema import write_json, write_whole
+from .scores import Scores, Shape, digest
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,6 +77,7 @@ class Task:
         prompts: Sequence[str],
         *,
         seed: int,
+        left_out: frozenset[int],
         changes: bool,
         folder: Path | None,
     ) -> list[Scores]:
@@ -82,6 +87,7 @@ class Task:
             candidates: The candidates; the first is dense.
             prompts: The prompts.
             seed: Of the noise of the first; each of the others has the next.
+            left_out: Indices of candidates that are not scored.
             changes: Whether to measure, with the first, what single sparse layers change.
             folder: Where the files are; ``None`` for none.
 
@@ -91,8 +97,13 @@ class Task:
         Raises:
             ValueError: A transformer was never sampled.
         """
-        settings = {**self._settings(), "candidates": [describe(candidate) for candidate in candidates]}
-        meter = Meter(self.progress, "capture", len(prompts), self._estimate(len(candidates) - 1))
+        settings = {
+            **self._settings(),
+            "candidates": [describe(candidate) for candidate in candidates],
+            "left_out": sorted(left_out),
+        }
+        meter = Meter(self.progress, "capture", len(prompts), self._estimate(len(candidates) - 1 - len(left_out)))
+        options = {"kernel": self.kernel, "precision": self.precision, "left_out": left_out, "advance": meter.advance}
         runs = []
         for index, prompt in enumerate(prompts):
             mine = {**settings, "prompt": prompt, "seed": seed + index, "changes": changes and index == 0}
@@ -100,8 +111,7 @@ class Task:
             scores = None if path is None else Scores.load(path, mine)
             if scores is None:
                 schedule = SampledSteps(sampling=self.sampling)
-                options = {"kernel": self.kernel, "precision": self.precision, "changes": mine["changes"]}
-                with capturing(self.pipeline, candidates, schedule, advance=meter.advance, **options) as scores:
+                with capturing(self.pipeline, candidates, schedule, changes=mine["changes"], **options) as scores:
                     self.generate(prompt, seed + index)
                 check_covered(scores, self.sampling)
                 if path is not None:
@@ -110,27 +120,84 @@ class Task:
             meter.finish_part()
         return runs
 
-    def costs(
-        self, candidates: Sequence[AttentionMethod], cells: Sequence[Cells], known: CostModel | None
-    ) -> dict[str, CostModel]:
-        """Return a cost model for the calls of each transformer.
+    def survey(self, prompt: str, seed: int) -> Shape:
+        """Return how large the attention calls are, from the first one that the pipeline makes.
+
+        Args:
+            prompt: What the video would show.
+            seed: Of its noise.
+
+        Raises:
+            ValueError: No call can run sparse; the error says why.
+        """
+        survey = _Survey()
+        with probing(self.pipeline, lambda *about: survey, Schedule()) as found:
+            try:
+                self.generate(prompt, seed)
+            except _FirstCall as first:
+                return first.shape
+        reasons = {reason for _, runtime in found for layer in runtime.layers for reason in layer.stats.fallbacks}
+        raise ValueError(
+            f"no attention call of this pipeline can run sparse: {'; '.join(sorted(reasons)) or 'none is made'}"
+        )
+
+    def cost(
+        self, candidates: Sequence[AttentionMethod], shape: Shape, known: CostModel | None, folder: Path | None
+    ) -> CostModel:
+        """Return a cost model: the one given, the one kept in the folder, or one that is measured now.
 
         Args:
             candidates: The candidates; the first is dense.
-            cells: What was found about each transformer.
-            known: A cost model of another device; ``None`` measures this one.
+            shape: The size of the calls.
+            known: A cost model of another device; ``None`` for this one.
+            folder: Where it is kept; ``None`` for nowhere.
 
         Raises:
             ValueError: ``known`` does not know one of the candidates.
         """
-        shape = cells[0].shape
-        if known is None:
-            meter = Meter(self.progress, "cost", 1, (ROUNDS + 1) * len(candidates))
-            options = {"kernel": self.kernel, "precision": self.precision, "advance": meter.advance}
-            known = measure_cost(candidates, shape, **options)
-        else:
-            known = known.select(candidates).scaled_to(shape)
-        return {each.title: known if each.shape == shape else known.scaled_to(each.shape) for each in cells}
+        if known is not None:
+            return known.select(candidates).scaled_to(shape)
+        about = {
+            "shape": plain(asdict(shape)),
+            "device": device_name(torch.device(shape.device)),
+            "threads": torch.get_num_threads(),
+            "kernel": self.kernel,
+            "precision": self.precision,
+            "candidates": [describe(candidate) for candidate in candidates],
+        }
+        path = None if folder is None else folder / f"cost-{digest(about)}.json"
+        if path is not None and path.exists():
+            return CostModel.load(path).select(candidates)
+        meter = Meter(self.progress, "cost", 1, (ROUNDS + 1) * len(candidates))
+        options = {"kernel": self.kernel, "precision": self.precision, "advance": meter.advance}
+        model = measure_cost(candidates, shape, **options)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, write_json(model.record()).encode())
+        return model
+
+    def slower_than_dense(self, model: CostModel) -> frozenset[int]:
+        """Return the candidates that take longer than dense attention in every bucket, so that nothing speaks for them.
+
+        Args:
+            model: What the candidates cost.
+
+        Raises:
+            ValueError: All of them do.
+        """
+        buckets = [each for each in self.sampling.calls(self.num_steps) if each[0]]
+        dense = float(model.seconds(0, 1.0))
+        found = frozenset(
+            index
+            for index, timing in enumerate(model.timings[1:], start=1)
+            if all(model.seconds(index, timing.density, calls=n, refreshes=r) > dense for n, r in buckets)
+        )
+        if len(found) == len(model.timings) - 1:
+            raise ValueError(
+                f"every candidate takes longer than dense attention on {model.device} with {model.tokens} tokens: "
+                "sparse attention has nothing to win here; search at the size that the plan is for"
+            )
+        return found
 
     def calibrate_paro(self, prompt: str, seed: int, density: float) -> dict[str, Paro]:
         """Calibrate PARO's orders and masks for each transformer, on one video that is made three times.
@@ -214,6 +281,27 @@ class Meter:
         self.left -= 1
         self.before = self.done
         self.progress(self.stage, self.done, self.done + self.left * self.estimate)
+
+
+class _FirstCall(Exception):
+    """End a survey."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.shape = shape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Survey(AttentionMethod):
+    """Look at one call."""
+
+    name = "survey"
+
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        raise _FirstCall(Shape.of(q, call))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        raise _FirstCall(Shape.of(q, call))
 
 
 @contextmanager
