@@ -53,7 +53,7 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("generate", "inspect")) and fastdit.__version__ in done.stdout
+    assert all(name in done.stdout for name in ("generate", "search", "inspect")) and fastdit.__version__ in done.stdout
 
 
 def test_main_says_usage_errors_in_one_line(capsys):

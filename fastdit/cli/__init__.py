@@ -15,6 +15,7 @@ from .errors import INTERRUPTED, fail
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .search import search
 
 app = typer.Typer(
     name="fastdit",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(compare)
+app.command()(search)
 app.command()(inspect)
 app.command()(info)
 

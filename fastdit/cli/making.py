@@ -83,7 +83,7 @@ class Studio:
         Raises:
             InputError: The pipeline does not take one of the keywords or sizes.
         """
-        arguments = _call_arguments(pipeline, source, given)
+        arguments = call_arguments(pipeline, source, given)
         check_sizes(pipeline, arguments)
         rate = _frame_rate(pipeline, source, fps)
         return cls(pipeline, settings, arguments, seed, rate, device, screen)
@@ -173,7 +173,17 @@ class Studio:
         self.screen.note(f"wrote {path}")
 
 
-def _call_arguments(pipeline: Any, source: ModelSource, given: dict[str, Any]) -> dict[str, Any]:
+def call_arguments(pipeline: Any, source: ModelSource, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a pipeline's call, those that the model is made for included.
+
+    Args:
+        pipeline: The pipeline.
+        source: Where it came from.
+        given: Keywords of its call; ``None`` where the user said nothing.
+
+    Raises:
+        InputError: The pipeline does not take one of them.
+    """
     parameters = inspect.signature(pipeline.__call__).parameters
     values = {name: value for name, value in given.items() if value is not None}
     for name in values:

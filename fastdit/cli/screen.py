@@ -61,6 +61,15 @@ class Bar:
         """Move on by one part."""
         self._screen.progress.advance(self._task)
 
+    def move(self, done: int, total: int) -> None:
+        """Show how much is done, where that and the total are estimates.
+
+        Args:
+            done: Parts that are done.
+            total: Parts in all.
+        """
+        self._screen.progress.update(self._task, completed=done, total=total)
+
     def finish(self) -> None:
         """Show that all is done."""
         progress = self._screen.progress

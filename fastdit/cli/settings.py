@@ -80,7 +80,6 @@ def read_settings(
     """
     from ..attention import get_method, method_class
     from ..attention.base import check_density
-    from ..attention.kernels import explain_kernels
 
     values: dict[str, Any] = {}
     if plan is not None and (method is not None or density is not None or assignments):
@@ -102,13 +101,46 @@ def read_settings(
                 known = {f.name for f in fields(cls)}
                 values[name] = read_value(name, text, kinds[name]) if name in known else text
             get_method(method, **values)
-    if kernel is not None:
-        reasons = explain_kernels()
-        if kernel not in reasons:
-            raise InputError(f"unknown kernel {kernel!r}; kernels are: {', '.join(reasons)}")
-        if reasons[kernel] is not None:
-            raise InputError(f"the kernel {kernel!r} cannot run here: {reasons[kernel]}")
-    return Settings(method if plan is None else _read_plan(plan), values, _read_schedule(schedule), kernel, precision)
+    check_kernel(kernel)
+    return Settings(method if plan is None else _read_plan(plan), values, read_schedule(schedule), kernel, precision)
+
+
+def check_kernel(kernel: str | None) -> None:
+    """Check that a kernel can run here.
+
+    Args:
+        kernel: Its name; ``None`` lets fastdit choose.
+
+    Raises:
+        InputError: It is unknown, or cannot.
+    """
+    from ..attention.kernels import explain_kernels
+
+    if kernel is None:
+        return
+    reasons = explain_kernels()
+    if kernel not in reasons:
+        raise InputError(f"unknown kernel {kernel!r}; kernels are: {', '.join(reasons)}")
+    if reasons[kernel] is not None:
+        raise InputError(f"the kernel {kernel!r} cannot run here: {reasons[kernel]}")
+
+
+def read_schedule(given: dict[str, str | None]) -> dict[str, Any]:
+    """Read fields of ``Schedule`` from text.
+
+    Args:
+        given: Names and texts; ``None`` where nothing was said.
+
+    Raises:
+        InputError: One is malformed or out of range.
+    """
+    from ..schedule import Schedule
+
+    kinds = typing.get_type_hints(Schedule)
+    values = {name: read_value(name, text, kinds[name]) for name, text in given.items() if text is not None}
+    with as_input_error():
+        Schedule(**values)
+    return values
 
 
 def read_value(name: str, text: str, kind: Any) -> Any:
@@ -158,16 +190,6 @@ def _read_plan(path: Path) -> Plan:
 
     with as_input_error():
         return Plan.load(path)
-
-
-def _read_schedule(given: dict[str, str | None]) -> dict[str, Any]:
-    from ..schedule import Schedule
-
-    kinds = typing.get_type_hints(Schedule)
-    values = {name: read_value(name, text, kinds[name]) for name, text in given.items() if text is not None}
-    with as_input_error():
-        Schedule(**values)
-    return values
 
 
 def _split(assignment: str) -> tuple[str, str]:

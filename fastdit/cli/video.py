@@ -53,7 +53,7 @@ def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES) -> Non
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
     if suffixes is not None and path.suffix.lower() not in suffixes:
         there = "" if path.suffix else "there is no such folder, and "
-        raise InputError(f"cannot write {path}: {there}the name of a video must end with {' or '.join(suffixes)}")
+        raise InputError(f"cannot write {path}: {there}the name of the file must end with {' or '.join(suffixes)}")
     check_folder(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: the file is there and is read-only")

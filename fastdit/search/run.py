@@ -88,7 +88,8 @@ def search(
         cost: A cost model of another device; default: this one is measured.
         folder: Where scores are kept, one file for each prompt, so that a search that was interrupted goes on, and
             another limit needs no new scores; default, and with preset ``"paro"``: nowhere.
-        progress: Called with the stage, what is done and an estimate of all there is to do.
+        progress: Called with the stage, ``"cost"``, ``"calibrate"``, ``"capture"`` or ``"solve"``, what is done and an
+            estimate of all there is to do.
 
     Returns:
         The plan; ``save`` it, and give it to ``enable_sparse_attention``.
@@ -122,6 +123,7 @@ def search(
     left_out = frozenset() if own_rule else task.slower_than_dense(model)
     changes = sensitivity and not own_rule
     runs = task.capture(methods, texts, seed=seed, left_out=left_out, changes=changes, folder=folder)
+    progress("solve", 0, 1)
     cells = collect(runs, sampling, quantile=quantile)
     models = {each.title: model.scaled_to(each.shape) for each in cells}
     problem = Problem(cells, models)
@@ -132,6 +134,7 @@ def search(
     else:
         choices = problem.solve(target, share=_attention_share(runs), max_kinds=max_kinds)
     expected = problem.expected(choices)
+    progress("solve", 1, 1)
     unit = "seconds" if budget is None else "density"
     num_steps = runs[0].num_steps or 1
     return Plan(
