@@ -188,8 +188,8 @@ def test_progress_is_an_estimate_that_comes_true(monkeypatch):
 
     monkeypatch.setattr(task, "measure_cost", measure)
     quick_search(pipeline(), candidates=CANDIDATES[:2], cost=None, budget=1.0, progress=lambda *x: seen.append(x))
-    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["cost", "capture"]
-    for stage in ("cost", "capture"):
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["cost", "capture", "solve"]
+    for stage in ("cost", "capture", "solve"):
         done = [(d, t) for s, d, t in seen if s == stage]
         assert done[0][0] == 0 and done[-1][0] == done[-1][1] and all(d <= t for d, t in done)
         assert [d for d, _ in done] == sorted(d for d, _ in done)
