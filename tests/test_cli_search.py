@@ -53,8 +53,8 @@ def test_a_plan_is_found_written_and_run(place):
     for text in (
         "wan.json",
         "density of sparse calls",
-        "attention, dense over sparse time",
-        "error of a layer's output",
+        "dense over sparse time",
+        "relative error of a layer's output",
     ):
         assert text in result.stdout
     plan = Plan.load("wan.json")

@@ -80,10 +80,8 @@ def expected_table(value: dict[str, Any], name: str) -> Table:
     """
     table = plain_table(name, "expected", "")
     add_row(table, "density of sparse calls", number(value["density"], EXACT))
-    add_row(table, "attention, dense over sparse time", number(value["speedup_attention"], "{:.2f}x"))
-    add_row(table, "error of a layer's output", number(value["error"], PERCENT))
-    table.caption = "the speed-up counts all steps, dense ones too; the error is relative, a root mean square"
-    table.caption_justify = "left"
+    add_row(table, "attention of the whole run, dense over sparse time", number(value["speedup_attention"], "{:.2f}x"))
+    add_row(table, "relative error of a layer's output, root mean square", number(value["error"], PERCENT))
     return table
 
 
