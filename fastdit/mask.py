@@ -16,12 +16,15 @@ class BlockMask:
 
     A listed block is computed whole, except for its padding: block ``j`` holds ``lengths_k[..., j]`` real keys,
     which come first. Full blocks are listed before ragged ones and each part is ascending, so that a kernel
-    runs the full ones without masks. Entries of ``indices`` past the count have no meaning.
+    runs the full ones without masks. Entries of ``indices`` past the count have no meaning, and neither has the row
+    of a query block that lists every key block: its list is ``every``, so that a few such rows, as text has them, do
+    not make all lists long.
 
     Args:
         indices: ``(B or 1, H or 1, Nq, max_count)`` int32.
         counts: ``(B or 1, H or 1, Nq)`` int32, key blocks listed in each row.
         full_counts: ``(B or 1, H or 1, Nq)`` int32, how many of them, the first ones, are full.
+        every: ``(Nk,)`` int32, all key blocks, full ones first.
         lengths_q: ``(B or 1, H or 1, Nq)`` int32, real queries in each query block, in [0, block_q].
         lengths_k: ``(B or 1, H or 1, Nk)`` int32, real keys in each key block, in [0, block_k].
         block_q: Queries in a block.
@@ -32,6 +35,7 @@ class BlockMask:
     indices: Tensor
     counts: Tensor
     full_counts: Tensor
+    every: Tensor
     lengths_q: Tensor
     lengths_k: Tensor
     block_q: int
@@ -64,8 +68,8 @@ class BlockMask:
             tokens_k: Keys in all, likewise.
             lengths_q: ``(Nq,)`` or ``(B or 1, H or 1, Nq)`` real queries per block, instead of ``tokens_q``.
             lengths_k: ``(Nk,)`` or ``(B or 1, H or 1, Nk)`` real keys per block, instead of ``tokens_k``.
-            max_count: An upper bound of the blocks in a row, known to the caller. Without it the longest row is
-                looked up, which on a GPU waits for the device.
+            max_count: An upper bound of the blocks in a row that does not list every block, known to the caller.
+                Without it the longest such row is looked up, which on a GPU waits for the device.
 
         Raises:
             ValueError: A shape, token count or length does not fit the block map.
@@ -105,10 +109,11 @@ class BlockMask:
         ragged = (lengths_k < block_k).flatten(0, 1).any(0)
         counts = blocks.sum(-1, dtype=torch.int32)
         full_counts = (blocks & ~ragged).sum(-1, dtype=torch.int32)
-        width = max(1, int(counts.max()) if max_count is None else min(max_count, num_k))
+        longest = int(torch.where(counts < num_k, counts, 0).max()) if max_count is None else min(max_count, num_k)
         rank = torch.arange(num_k, device=blocks.device, dtype=torch.int32) + ragged.int() * num_k
-        order = torch.where(blocks, rank, 2 * num_k).sort(-1).values[..., :width]
-        return cls(order % num_k, counts, full_counts, lengths_q, lengths_k, block_q, block_k)
+        order = torch.where(blocks, rank, 2 * num_k).sort(-1).values[..., : max(1, longest)]
+        every = rank.sort().values % num_k
+        return cls((order % num_k).contiguous(), counts, full_counts, every, lengths_q, lengths_k, block_q, block_k)
 
     @property
     def num_q(self) -> int:
@@ -144,6 +149,7 @@ class BlockMask:
         listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
         index = self.indices.long().expand(*shape, -1, -1)
         keys = (weights.expand(*shape, -1, -1).gather(-1, index) * listed).sum(-1)
+        keys = torch.where(self.counts == self.num_k, lengths_k.sum(-1, keepdim=True), keys)
         lengths_q = self.lengths_q.double()
         pairs = (keys * lengths_q).sum(-1)
         total = lengths_q.sum(-1) * lengths_k.sum(-1)
@@ -159,7 +165,21 @@ class BlockMask:
         listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
         blocks = torch.zeros(*self.indices.shape[:3], self.num_k + 1, dtype=torch.bool, device=self.device)
         index = torch.where(listed, self.indices.long(), self.num_k)
-        return blocks.scatter_(3, index, True)[..., : self.num_k]
+        blocks.scatter_(3, index, True)
+        return blocks[..., : self.num_k] | (self.counts == self.num_k)[..., None]
+
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """Return the lists with every row written out.
+
+        Returns:
+            Key blocks, ``(B or 1, H or 1, Nq, n)`` int64, and which of them are listed, bool of the same shape.
+        """
+        indices = self.indices
+        if int(self.counts.max()) > indices.shape[-1]:
+            stored = torch.nn.functional.pad(indices, (0, self.num_k - indices.shape[-1]))
+            indices = torch.where((self.counts == self.num_k)[..., None], self.every, stored)
+        listed = torch.arange(indices.shape[-1], device=self.device) < self.counts[..., None]
+        return torch.where(listed, indices, 0).long(), listed
 
     def to_tokens(self, tokens_q: int, tokens_k: int) -> Tensor:
         """Expand to single tokens: ``(B or 1, H or 1, tokens_q, tokens_k)`` bool.
@@ -193,7 +213,7 @@ class BlockMask:
         Args:
             device: Where the lists shall be.
         """
-        names = ("indices", "counts", "full_counts", "lengths_q", "lengths_k")
+        names = ("indices", "counts", "full_counts", "every", "lengths_q", "lengths_k")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def __repr__(self) -> str:

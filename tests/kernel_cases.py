@@ -21,7 +21,8 @@ class Case:
         tokens: Queries and keys.
         blocks: Queries and keys in a block.
         head_dim: Head dim.
-        rows: ``"one"`` block per row, ``"some"``, ``"all"``, or ``"empty"``: some rows list nothing.
+        rows: ``"one"`` block per row, ``"some"``, ``"all"``, ``"empty"``: some rows list nothing, or ``"text"``: the
+            last row lists everything, and all list the last block.
         padded: Whether each sample has its own key lengths, as padded text does.
     """
 
@@ -41,9 +42,12 @@ class Case:
         """Make the mask."""
         num_q, num_k = (-(-n // block) for n, block in zip(self.tokens, self.blocks, strict=True))
         order = torch.rand(*self.mask_heads, num_q, num_k).argsort(-1)
-        count = {"one": 1, "some": max(2, num_k // 2), "all": num_k, "empty": max(1, num_k // 2)}[self.rows]
+        count = {"one": 1, "some": max(2, num_k // 2), "all": num_k}.get(self.rows, max(1, num_k // 2))
+        blocks = order < count
+        if self.rows == "text":
+            blocks[..., -1, :] = blocks[..., -1] = True
         mask = BlockMask.from_dense(
-            order < count,
+            blocks,
             block_q=self.blocks[0],
             block_k=self.blocks[1],
             tokens_q=self.tokens[0],
@@ -76,6 +80,8 @@ CASES = [
     Case(heads=(1, 1), tokens=(300, 256), blocks=(256, 64), head_dim=64),
     Case(heads=(1, 1), tokens=(33, 17), blocks=(16, 16), head_dim=16),
     Case(heads=(1, 1), tokens=(100, 200), blocks=(48, 96), head_dim=72),
+    Case(heads=(2, 2), mask_heads=(1, 2), tokens=(100, 230), rows="text"),
+    Case(heads=(2, 1), tokens=(100, 230), rows="text", padded=True),
     Case(heads=(1, 1), tokens=(40, 630), blocks=(16, 16), head_dim=32, rows="one"),
 ]
 

@@ -19,8 +19,10 @@ def test_lists_and_map_agree(shape, density):
     num_q, num_k = shape[2:]
     mask = BlockMask.from_dense(blocks, block_q=8, block_k=4, tokens_q=num_q * 8 - 3, tokens_k=num_k * 4 - 1)
     assert torch.equal(mask.to_dense(), blocks)
+    lists, valid = mask.lists()
+    assert torch.equal(valid.sum(-1, dtype=torch.int32), mask.counts)
     for index, count, full, row in zip(
-        mask.indices.flatten(0, 2), mask.counts.flatten(), mask.full_counts.flatten(), blocks.flatten(0, 2), strict=True
+        lists.flatten(0, 2), mask.counts.flatten(), mask.full_counts.flatten(), blocks.flatten(0, 2), strict=True
     ):
         listed = index[:count].tolist()
         assert sorted(listed) == row.nonzero().flatten().tolist()
@@ -31,7 +33,7 @@ def test_lists_and_map_agree(shape, density):
 def test_ragged_blocks_come_last_wherever_they_are():
     lengths = torch.tensor([4, 2, 4, 1, 4])
     mask = BlockMask.from_dense(torch.ones(2, 5, dtype=torch.bool), block_q=4, block_k=4, lengths_k=lengths)
-    assert mask.indices[0, 0].tolist() == [[0, 2, 4, 1, 3]] * 2
+    assert mask.lists()[0][0, 0].tolist() == [[0, 2, 4, 1, 3]] * 2 and mask.every.tolist() == [0, 2, 4, 1, 3]
     assert mask.full_counts.flatten().tolist() == [3, 3] and mask.counts.flatten().tolist() == [5, 5]
     assert mask.ragged_blocks.tolist() == [False, True, False, True, False]
 
@@ -70,6 +72,19 @@ def test_tokens():
     shorter = mask.with_lengths_k(torch.tensor([[[2, 1, 0]], [[2, 2, 1]]]))
     assert shorter.to_tokens(3, 5)[0, 0].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
     assert shorter.to_tokens(3, 5)[1, 0].int().tolist() == expected
+
+
+def test_rows_that_list_everything_do_not_make_all_lists_long():
+    blocks = torch.eye(6, dtype=torch.bool)
+    blocks[4] = blocks[:, 5] = True
+    lengths = torch.tensor([2, 2, 1, 2, 2, 2])
+    for max_count in (None, 2):
+        mask = BlockMask.from_dense(blocks, block_q=2, block_k=2, lengths_k=lengths, max_count=max_count)
+        assert mask.indices.shape[-1] == 2 and torch.equal(mask.to_dense()[0, 0], blocks)
+        assert mask.lists()[0][0, 0, 4].tolist() == [0, 1, 3, 4, 5, 2]
+        assert mask.density == pytest.approx((blocks * lengths).sum() / (6 * lengths.sum()))
+        shorter = mask.with_lengths_k(torch.tensor([[[1, 2, 1, 2, 2, 2]]]))
+        assert torch.equal(shorter.to_dense()[0, 0], blocks) and shorter.every.tolist() == [1, 3, 4, 5, 0, 2]
 
 
 def test_max_count_bounds_the_lists():

@@ -65,16 +65,17 @@ def pattern_of(layout: TokenLayout, video_blocks: Tensor, *, max_count: int | No
     Args:
         layout: The order, in blocks of the size of those chosen.
         video_blocks: ``(M, M)`` or ``(B or 1, H or 1, M, M)`` bool, M the blocks of the layout that hold video.
-        max_count: An upper bound of the blocks in a row of ``video_blocks``, where it is known; at least 1.
+        max_count: An upper bound of the blocks in a row of ``video_blocks`` that does not keep all, where it is known;
+            at least 1.
     """
     lengths = layout.block_lengths[None]
-    has_text = layout.num_blocks > layout.video_blocks  # whose rows list every block
+    text_blocks = layout.num_blocks - layout.video_blocks
     mask = BlockMask.from_dense(
         keep_text(video_blocks, layout.num_blocks, layout.num_blocks),
         block_q=layout.block,
         block_k=layout.block,
         lengths_q=lengths,
         lengths_k=lengths,
-        max_count=layout.num_blocks if has_text else max_count,
+        max_count=None if max_count is None else max_count + text_blocks,
     )
     return Pattern(layout, mask)

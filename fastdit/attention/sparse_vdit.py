@@ -141,7 +141,8 @@ class Skip(AttentionMethod):
         lengths = layout.block_lengths[None]
         indices = torch.zeros(1, 1, layout.num_blocks, 1, dtype=torch.int32, device=q.device)
         none = indices[..., 0]
-        return Pattern(layout, BlockMask(indices, none, none, lengths, lengths, BLOCK, BLOCK))
+        every = torch.arange(layout.num_blocks, dtype=torch.int32, device=q.device)
+        return Pattern(layout, BlockMask(indices, none, none, every, lengths, lengths, BLOCK, BLOCK))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
         """Return zeros.

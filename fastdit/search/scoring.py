@@ -193,10 +193,11 @@ def head_density(pattern: Pattern | None, call: AttentionCall, state: MethodStat
 def _listed(pattern: Pattern, head: int, query_blocks: Tensor) -> Tensor:
     mask = pattern.mask
     head = head if mask.indices.shape[1] > 1 else 0
-    index, counts = mask.indices[:, head, query_blocks].long(), mask.counts[:, head, query_blocks]
-    listed = torch.arange(index.shape[-1], device=index.device) < counts[..., None]
+    index, counts = mask.indices[:, head, query_blocks].long(), mask.counts[:, head, query_blocks, None]
+    listed = torch.arange(index.shape[-1], device=index.device) < counts
     blocks = torch.zeros(*index.shape[:2], mask.num_k + 1, dtype=torch.bool, device=index.device)
-    return blocks.scatter_(2, torch.where(listed, index, mask.num_k), True)[..., : mask.num_k]
+    blocks.scatter_(2, torch.where(listed, index, mask.num_k), True)
+    return blocks[..., : mask.num_k] | (counts == mask.num_k)
 
 
 def _grams(x: Tensor, minus: Tensor | None = None) -> Tensor:

@@ -59,8 +59,8 @@ def head_plans(mask: BlockMask) -> list[list[Plan]]:
 
 def _plans(mask: BlockMask) -> list[list[Plan]]:
     batch, heads = torch.broadcast_shapes(mask.indices.shape[:2], mask.lengths_k.shape[:2])
-    listed = torch.arange(mask.indices.shape[-1]) < mask.counts[..., None]
-    indices = torch.where(listed, mask.indices, 0).long().expand(batch, heads, -1, -1)
+    indices, listed = mask.lists()
+    indices = indices.expand(batch, heads, -1, -1)
     lengths = mask.lengths_k[:, :, None].expand(batch, heads, mask.num_q, -1).gather(-1, indices) * listed
     # Full blocks come first, so that a row whose only ragged block is the last can be cut short; a row with
     # several needs a bias. Blocks that are all padding come last and are dropped.

@@ -134,6 +134,7 @@ def _block_sparse_fwd_kernel(
     indices_ptr,
     counts_ptr,
     full_counts_ptr,
+    every_ptr,
     lengths_ptr,
     mean_k_ptr,
     mean_v_ptr,
@@ -197,6 +198,8 @@ def _block_sparse_fwd_kernel(
     length_ptr = lengths_ptr + batch * stride_lb + head * stride_lh
     count = tl.load(counts_ptr + batch * stride_cb + head * stride_ch + row)
     full_count = tl.load(full_counts_ptr + batch * stride_cb + head * stride_ch + row)
+    if count == num_k:
+        list_ptr = every_ptr
 
     acc = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
@@ -275,6 +278,7 @@ def block_sparse_fwd(
         indices,
         counts,
         full_counts,
+        mask.every,
         lengths,
         mean_k,
         mean_v,
