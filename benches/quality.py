@@ -1,6 +1,6 @@
 """Quality at equal density: clips of the demo, sparse beside dense of the same seed.
 
-``python -m benches.quality methods -o FILE.jsonl``; under ``torchrun`` the clips are divided among processes. Rows that
+``python -m benches.quality methods -o FILE.jsonl``; under ``torchrun`` settings are divided among processes. Rows that
 the file has already are not made again.
 """
 
@@ -76,13 +76,14 @@ def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON lines, one per clip.")],
     prompts: Annotated[int, typer.Option(min=1, max=len(PROMPTS), help="How many prompts.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each.")] = 1,
+    density: Annotated[float | None, typer.Option(help="Only settings of this density.")] = None,
 ) -> None:
     """Compare methods with dense on the demo."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    settings = SUITES[suite](GRID)
-    pairs = [(prompt, seed) for prompt in PROMPTS[:prompts] for seed in range(seeds)][rank::world]
+    settings = [s for s in SUITES[suite](GRID) if density in (None, s.density)][rank::world]
+    pairs = [(prompt, seed) for prompt in PROMPTS[:prompts] for seed in range(seeds)]
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     done = {(row["setting"], row["prompt"], row["seed"]) for row in rows}
     pipeline = load_pipeline()
