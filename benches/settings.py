@@ -14,6 +14,8 @@ from fastdit import Schedule
 
 WARMUP = 0.3
 EVERY_STEP = Schedule(warmup_steps=WARMUP)
+# AdaSpa's first search is a dense step, so one warm-up step less is as many dense steps
+SEARCH = Schedule(warmup_steps=0.2, refresh_steps=(0.2, 0.6))
 DENSITIES = (0.2, 0.3, 0.5)
 
 
@@ -59,7 +61,7 @@ def methods(grid: tuple[int, int, int]) -> list[Setting]:
                 how = extra | {"order": order}
                 rows += [
                     Setting("radial", density, order, radial_fields(grid, density, order) | extra),
-                    Setting("adaspa", density, order, how | {"density": density}),
+                    Setting("adaspa", density, order, how | {"density": density}, SEARCH),
                     Setting("sla", density, order, how | {"density": density}),
                 ]
             rows.append(Setting("draft", density, "tile", extra | {"density": density, "tile": (4, 4, 4)}))
@@ -74,10 +76,10 @@ def reuse(grid: tuple[int, int, int]) -> list[Setting]:
         grid: Not used.
     """
     return [
-        Setting(method, 0.2, order, fields, Schedule(warmup_steps=WARMUP, refresh_steps=refresh), steps=30)
-        for method, order, fields in (
-            ("draft", "tile", {"density": 0.2, "tile": (4, 4, 4), "compensate": "mean"}),
-            ("adaspa", "tile", {"density": 0.2, "order": "tile", "compensate": "mean"}),
+        Setting(method, 0.2, "tile", fields, Schedule(warmup_steps=dense_steps, refresh_steps=refresh), steps=30)
+        for method, dense_steps, fields in (
+            ("draft", 9, {"density": 0.2, "tile": (4, 4, 4), "compensate": "mean"}),
+            ("adaspa", 8, {"density": 0.2, "order": "tile", "compensate": "mean"}),
         )
         for refresh in (1, 4, 10, 30)
     ]

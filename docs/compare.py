@@ -22,7 +22,7 @@ def read(name: str) -> list[dict]:
 
 def average(rows: list[dict]) -> dict:
     """Average rows of one setting over clips."""
-    numbers = ("density", "psnr", "ssim", "speedup_attention")
+    numbers = ("density", "overall_density", "psnr", "ssim", "speedup_attention")
     out = rows[0] | {name: mean(row[name] for row in rows) for name in numbers}
     rights = [row["right"][part] for row in rows for part in ("color", "motion", "background")]
     return out | {"accuracy": mean(rights), "clips": len(rows)}
@@ -39,11 +39,13 @@ def settings(rows: list[dict]) -> list[dict]:
 def methods_table() -> str:
     """Return the comparison at equal density."""
     rows = settings(read("demo-methods.jsonl"))
-    lines = ["| asked | method | order | compensate | density | PSNR | SSIM | prompt | clips |", "|" + "---|" * 9]
+    names = ("asked", "method", "order", "compensate", "density", "over all steps", "PSNR", "SSIM", "prompt", "clips")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in sorted(rows, key=lambda row: (row["asked"], -row["psnr"])):
         how = f"`{row['method']}` | {row['order']} | {row['compensate'] or '-'}"
         quality = f"{row['psnr']:.1f} | {row['ssim']:.3f} | {row['accuracy']:.2f}"
-        lines.append(f"| {row['asked']} | {how} | {row['density']:.3f} | {quality} | {row['clips']} |")
+        density = f"{row['density']:.3f} | {row['overall_density']:.3f}"
+        lines.append(f"| {row['asked']} | {how} | {density} | {quality} | {row['clips']} |")
     return "\n".join(lines)
 
 
