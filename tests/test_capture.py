@@ -19,7 +19,7 @@ from fastdit.pipelines import find_family
 from fastdit.search.capture import capturing
 from fastdit.search.sampling import SampledSteps, Sampling
 from fastdit.search.scores import CallScores, Scores, digest
-from fastdit.search.scoring import Reference, head_grams, projected_energy, sampled_recall
+from fastdit.search.scoring import Reference, frame_mass, head_grams, projected_energy, sampled_recall
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 CANDIDATES = [
@@ -141,6 +141,25 @@ def test_recall_is_the_softmax_mass_of_what_is_kept(method, text, padded):
     torch.testing.assert_close(sampled_recall(q, k, pattern, call, rows=60), expected, rtol=0.2, atol=0.02)
 
 
+@pytest.mark.parametrize("text", test_methods.TEXTS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_frame_mass_is_attention_by_the_distance_of_frames(text, padded):
+    spec = TokenSpec(VideoGrid(3, 9, 11), *text)
+    padding = torch.zeros(2, spec.num_tokens, dtype=torch.bool)
+    padding[1, spec.text.start + 4 : spec.text.stop] = True
+    call = AttentionCall(spec, scale=0.6, key_padding=padding if padded else None)
+    q, k, _ = test_methods.qkv(spec, batch=2)
+    scores = (q @ k.mT * 0.6).masked_fill(padding[:, None, None] & padded, -math.inf)
+    frames = scores.softmax(-1)[:, :, spec.video, spec.video].unflatten(2, (3, 99)).unflatten(4, (3, 99)).sum(5)
+    frames = frames.mean((0, 3)) / 3  # of each head, query frame, key frame
+    expected = torch.stack(
+        [frames.diagonal(d, 1, 2).sum(-1) + (d > 0) * frames.diagonal(-d, 1, 2).sum(-1) for d in range(3)], 1
+    )
+    torch.testing.assert_close(frame_mass(q, k, call, rows=10_000), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(frame_mass(q, k, call, rows=60), expected, rtol=0.2, atol=0.02)
+    assert text[0] or frame_mass(q, k, call).sum(1).tolist() == pytest.approx([1] * q.shape[1])
+
+
 @pytest.mark.parametrize("kind", tiny.PIPELINES)
 def test_a_captured_video_is_untouched_and_every_call_is_scored(kind):
     pipe = tiny.pipeline(kind)
@@ -163,6 +182,8 @@ def test_a_captured_video_is_untouched_and_every_call_is_scored(kind):
     for call in scores.calls:
         for array in (call.error, call.head_error, call.recall, call.density):
             assert array.shape == (4, tiny.HEADS) and np.isfinite(array).all()
+        assert call.mass.shape == (tiny.HEADS, scores.shapes[call.title].tokens.grid.frames)
+        assert (call.mass.sum(1) > 0).all() and (call.mass.sum(1) < 1 + 1e-5).all()
         assert (call.error[[0, 2]] < 1e-5).all() and (call.error[1] > 0.01).all()
         assert (call.density[[0, 2]] == 1).all() and (call.density[1] < 0.6).all()
         assert (np.abs(call.recall[[0, 2]] - 1) < 1e-5).all() and (call.recall[1] < 0.9).all()
@@ -310,7 +331,7 @@ def test_scores_survive_a_file(tmp_path):
     for a, b in zip(again.calls, scores.calls, strict=True):
         assert (a.title, a.step, a.branch, a.layer) == (b.title, b.step, b.branch, b.layer)
         assert np.isnan(b.error[4]).all() and np.isnan(b.recall[4]).all()
-        for name in ("error", "head_error", "recall", "density"):
+        for name in ("error", "head_error", "recall", "density", "mass"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5)
 
 
@@ -359,8 +380,6 @@ def test_digest_tells_settings_apart():
 def test_the_typical_candidate_is_in_the_middle_of_those_that_leave_something_out():
     error = np.array([[0], [0.5], [0.1], [0.9], [1e-7], [np.nan]], np.float32)
     density = np.array([[1], [0.2], [0.5], [0.1], [1], [0.3]], np.float32)
-    call = CallScores("transformer", 0, "cond", 0, error, error, error, density)
-    assert call.typical_candidate() == 1
-    assert (
-        CallScores("transformer", 0, "cond", 0, error, error, error, np.ones_like(density)).typical_candidate() is None
-    )
+    place, mass = ("transformer", 0, "cond", 0), np.ones((1, 1), np.float32)
+    assert CallScores(*place, error, error, error, density, mass).typical_candidate() == 1
+    assert CallScores(*place, error, error, error, np.ones_like(density), mass).typical_candidate() is None

@@ -32,7 +32,7 @@ def test_tables_and_pictures_of_a_plan(file, tmp_path):
     out.mkdir()
     result = run("inspect", file, "-o", out)
     assert result.exit_code == 0, result.stderr
-    assert listing(out) == ["curve.png", "density.png", "error.png", "methods.png"]
+    assert listing(out) == ["curve.png", "density.png", "distance.png", "error.png", "methods.png"]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in listing(out))
     assert f"wrote {out / 'curve.png'}" in result.stderr
     for text in (
@@ -68,7 +68,7 @@ def test_two_transformers(tmp_path):
     assert list(value["layers"]) == ["transformer_2"]
     assert listing(tmp_path) == [
         "plan.json",
-        *(f"transformer_2-{name}.png" for name in ("density", "error", "methods")),
+        *(f"transformer_2-{name}.png" for name in ("density", "distance", "error", "methods")),
     ]
     assert list(run_json("inspect", file)["layers"]) == ["transformer", "transformer_2"]
     assert "--transformer" in refused("inspect", file, "--layer", 0, "--head", 0)

@@ -80,6 +80,7 @@ def test_another_limit_takes_no_new_scores(place, monkeypatch):
     assert second["error"] > first["error"]
     third = run_json(*all_sparse, "--max-error", first["error"], "-o", "good.json")
     assert third["error"] <= first["error"] * 1.001
+    assert run(*all_sparse, "--budget", 0.3, "-o", "good.json", "--quiet").output == ""
     message, before = refused(*all_sparse, "--budget", 0.01)
     assert "budget 0.01 is impossible: it must be at least 0.1" in message
     assert "the scores taken so far are in plan.scores" in before
@@ -113,10 +114,6 @@ def test_a_plan_that_cannot_be_written_is_not_left_half(place, monkeypatch):
     message, _ = refused(*command("--budget", 0.4), code=1)
     assert "No space left" in message
     assert listing(place) == ["plan.scores", *FILES]
-
-
-def test_quiet_shows_nothing(place):
-    assert run(*command("--budget", 0.4, "--quiet")).output == ""
 
 
 def test_a_preset(place):

@@ -20,6 +20,7 @@ from fastdit.tokens import TokenSpec, VideoGrid
 SHAPE = Shape(2, 2, 16, 1, TokenSpec(VideoGrid(3, 8, 8)), "float32", "cpu")
 METHODS = [get_method("dense"), *(get_method("draft", density=d) for d in (0.1, 0.4))]
 DENSITIES = (1.0, 0.1, 0.4)
+MASS = np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]], np.float32)  # by frame distance; a layer further on is 1 more
 
 
 def cost_of(candidates, **changes):
@@ -38,7 +39,7 @@ def scores(error, *, steps=(0, 1, 2, 3), sampled=(1, 3), titles=("transformer",)
     """Scores of one video; ``error(title, step, branch, layer)`` is ``(candidates, heads)``."""
     density = np.repeat(np.array(DENSITIES, np.float32)[:, None], 2, 1)
     calls = [
-        CallScores(*place, *[np.array(error(*place), np.float32)] * 2, 1 - density, density)
+        CallScores(*place, *[np.array(error(*place), np.float32)] * 2, 1 - density, density, MASS + place[3])
         for place in itertools.product(titles, sampled, branches, range(2))
     ]
     found = Scores(calls, num_steps=4, **others)
@@ -98,6 +99,7 @@ def test_sampling_that_makes_no_sense(wrong):
 def test_cells_are_statistics_over_prompts_and_passes():
     runs = [scores(random_error(seed), branches=("cond", "uncond")) for seed in (0, 1, 2)]
     (cells,) = collect(runs, WHOLE, quantile=0.8)
+    np.testing.assert_allclose(cells.mass, np.stack([MASS, MASS + 1]), rtol=1e-6)
     for bucket, step in enumerate((1, 3)):
         for layer in range(2):
             found = np.stack([c.error for run in runs for c in run.calls if (c.step, c.layer) == (step, layer)])

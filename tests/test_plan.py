@@ -24,11 +24,12 @@ CANDIDATES = (
 )
 
 
-def transformer_plan(choices, seed=0, **changes):
+def transformer_plan(choices, seed=0, frames=3, **changes):
     rng = np.random.default_rng(seed)
     choices = np.array(choices)
     cells = {name: rng.random(choices.shape) for name in ("errors", "densities", "seconds")}
     about = {"model_class": "WanTransformer3DModel", "config_hash": "0123456789abcdef", "head_dim": 16}
+    about["frame_mass"] = rng.random((*choices.shape[1:], frames))
     return TransformerPlan(**(about | {"choices": choices} | cells | changes))
 
 
@@ -272,7 +273,7 @@ def test_wan_at_its_real_size(tmp_path):
     one = plan(
         buckets=(0.2, 0.6, 1.0),
         tokens=TokenSpec(VideoGrid(21, 30, 52)),
-        transformers={"transformer": transformer_plan(choices, head_dim=128)},
+        transformers={"transformer": transformer_plan(choices, head_dim=128, frames=21)},
     )
     one.save(tmp_path / "wan.json")
     two = Plan.load(tmp_path / "wan.json")

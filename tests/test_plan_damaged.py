@@ -128,6 +128,14 @@ DAMAGED = {
     "schedule unknown": (at("schedule", "cooldown", to=1), "schedule.cooldown is unknown; schedule has: dense_layers"),
     "schedule of texts": (at("schedule", "dense_layers", to=["a"]), "schedule makes no sense: dense_layers"),
     "density of the whole": (at("expected", "density", to=2), "expected.density must be a number in [0, 1], got 2"),
+    "mass of two frames": (
+        at("transformers", "transformer", "frame_mass", 0, 1, to=[0.5, 0.5]),
+        "transformer.frame_mass[0][1] must be a list of 3, got a list of 2",
+    ),
+    "mass above 1": (
+        at("transformers", "transformer", "frame_mass", 1, 0, 2, to=2),
+        "frame_mass[1][0][2] must be a number",
+    ),
     "curve of three": (at("curve", 0, to=[1, 2, 3]), "curve[0] must be a list of 2"),
     "curve of something else": (at("curve_unit", to="steps"), "curve_unit must be density or seconds, got 'steps'"),
     "cost model is deep": (

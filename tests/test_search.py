@@ -75,6 +75,8 @@ def test_a_plan_holds_what_was_asked_for_and_runs(tmp_path):
     assert np.average(densities.mean((1, 2)), weights=[1, 2]) == pytest.approx(plan.density, abs=1e-5)
     for name in ("choices", "errors", "seconds"):
         assert np.array(getattr(found, name)).shape == (2, 2, tiny.HEADS)
+    assert np.array(found.frame_mass).shape == (2, tiny.HEADS, 3)
+    np.testing.assert_allclose(np.sum(found.frame_mass, -1), 1, atol=1e-5)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     with fastdit.sparse_attention(pipe, plan.method("transformer"), schedule=plan.schedule) as handle:

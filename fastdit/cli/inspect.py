@@ -112,12 +112,13 @@ def _head(plan: Plan, title: str, layer: int, head: int) -> dict[str, Any]:
 
 
 def _layer_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = plain_table(title, "layer", "density", "error", "methods")
+    table = plain_table(title, "layer", "density", "error", "same frame", "methods")
     table.columns[-1].justify = "left"
     for row in rows:
         methods = ", ".join(f"{share:.0%} {name}" for name, share in row["methods"].items())
-        add_row(table, str(row["layer"]), number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}"), methods)
-    table.caption = "means over step buckets; errors of the layer's output"
+        numbers = number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}"), number(row["same_frame"], "{:.0%}")
+        add_row(table, str(row["layer"]), *numbers, methods)
+    table.caption = "means over step buckets; errors of the layer's output; dense attention within a frame"
     table.caption_justify = "left"
     return table
 
@@ -140,6 +141,8 @@ def _draw_plan(plan: Plan, titles: list[str]) -> Iterator[tuple[str, Figure]]:
         yield f"{prefix}methods", plots.draw_methods(plan, title)
         yield f"{prefix}density", plots.draw_numbers(plan, title, "densities")
         yield f"{prefix}error", plots.draw_numbers(plan, title, "errors")
+        if plan.transformers[title].frame_mass:
+            yield f"{prefix}distance", plots.draw_distances(plan, title)
     if plan.curve:
         yield "curve", plots.draw_curve(plan)
 

@@ -22,7 +22,7 @@ from ..pipelines.targets import require_transformers
 from ..schedule import Schedule
 from ..tokens import AttentionCall
 from .scores import CallScores, Change, Scores, Shape
-from .scoring import Reference, head_density, known_pattern, naming, sampled_recall
+from .scoring import Reference, frame_mass, head_density, known_pattern, naming, sampled_recall
 
 _DENSE = Dense()
 
@@ -111,8 +111,9 @@ class Probe(AttentionMethod):
             del out, state, pattern
             self.advance(1)
         error, head_error, recall, density = (torch.stack(x).cpu().numpy() for x in zip(*rows, strict=True))
+        mass = frame_mass(q, k, call).cpu().numpy()
         self.scores.calls.append(
-            CallScores(self.title, call.step, call.branch, call.layer, error, head_error, recall, density)
+            CallScores(self.title, call.step, call.branch, call.layer, error, head_error, recall, density, mass)
         )
 
     def _run(self, index: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, MethodState]:

@@ -34,6 +34,7 @@ class Cells:
         head_mse: Mean over samples of the squared error of a head's output, relative to its own square, likewise.
         recall: Mean attention mass covered, likewise; NaN where unknown.
         density: Mean fraction of pairs computed, likewise, in [0, 1].
+        mass: ``(layers, heads, frames)`` mean attention on the same frame, one frame apart, and so on; in [0, 1].
         weights: ``(layers,)`` how much a layer's error counts, about 1.
         calls: ``(buckets, layers)`` steps of a bucket at which the layer's choice counts; 0 where it is dense anyhow.
         refreshes: ``(buckets,)`` how many of them choose blocks anew.
@@ -48,6 +49,7 @@ class Cells:
     head_mse: Floats
     recall: Floats
     density: Floats
+    mass: Floats
     weights: Floats
     calls: NDArray[np.int64]
     refreshes: NDArray[np.int64]
@@ -178,10 +180,14 @@ def _cells(title: str, runs: Sequence[Scores], sampling: Sampling, quantile: flo
         for layer in range(shape.layers):
             calls[bucket, layer] += schedule.dense_reason(layer, shape.layers, step, num_steps) is None
     weights = layer_weights(runs)
+    mass = np.zeros((shape.layers, shape.heads, shape.tokens.grid.frames))
+    for layer in {layer for _, layer in samples}:
+        mass[layer] = np.mean([call.mass for place, found in samples.items() if place[1] == layer for call in found], 0)
     return Cells(
         title,
         shape,
         **dict(zip(_NAMES, arrays, strict=True)),
+        mass=mass,
         weights=np.array([weights.get((title, layer), 1.0) for layer in range(shape.layers)]),
         calls=calls,
         refreshes=refreshes.clip(min=1),  # the first call of a bucket always chooses

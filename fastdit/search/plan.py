@@ -60,6 +60,8 @@ class TransformerPlan:
         errors: ``(buckets, layers, heads)`` error expected of it, at least 0, as the search measures it.
         densities: ``(buckets, layers, heads)`` fraction of pairs expected to be computed, in [0, 1].
         seconds: ``(buckets, layers, heads)`` time expected of one call's head, in seconds, at least 0.
+        frame_mass: ``(layers, heads, frames)`` dense attention on the same frame, one frame apart, and so on, each in
+            [0, 1]; empty where it was not measured.
     """
 
     model_class: str
@@ -69,9 +71,10 @@ class TransformerPlan:
     errors: Sequence[Sequence[Sequence[float]]]
     densities: Sequence[Sequence[Sequence[float]]]
     seconds: Sequence[Sequence[Sequence[float]]]
+    frame_mass: Sequence[Sequence[Sequence[float]]] = ()
 
     def __post_init__(self) -> None:
-        for name in ("choices", *_CELLS):
+        for name in ("choices", *_CELLS, "frame_mass"):
             value = getattr(self, name)
             if hasattr(value, "tolist"):
                 object.__setattr__(self, name, value.tolist())
@@ -284,10 +287,10 @@ def _read(plan: Item, candidates: int) -> dict[str, Any]:
         check_edges(buckets)
     except ValueError:
         entries["buckets"].fail("fractions of the run, ascending to 1")
-    transformers = {}
+    tokens, transformers = _read_tokens(entries["video"]), {}
     for title, item in entries["transformers"].entries().items():
         Item(title, f"the name {shown(title)} in transformers").text(_TITLE, called="a name like transformer_2")
-        transformers[title] = _read_transformer(item, len(buckets), candidates)
+        transformers[title] = _read_transformer(item, len(buckets), candidates, tokens.grid.frames)
     if not transformers:
         entries["transformers"].fail("at least one transformer")
     run, expected = entries["run"].entries(_RUN), entries["expected"].entries(_EXPECTED)
@@ -298,7 +301,7 @@ def _read(plan: Item, candidates: int) -> dict[str, Any]:
     return {
         "buckets": buckets,
         "transformers": transformers,
-        "tokens": _read_tokens(entries["video"]),
+        "tokens": tokens,
         "steps": run["steps"].integer(1, 100_000),
         "scheduler": run["scheduler"].text(_NAME, called="the name of a class"),
         "guidance": None if run["guidance"].value is None else run["guidance"].number(),
@@ -315,8 +318,10 @@ def _read(plan: Item, candidates: int) -> dict[str, Any]:
     }
 
 
-def _read_transformer(item: Item, buckets: int, candidates: int) -> TransformerPlan:
-    entries = item.entries(("model_class", "config_hash", "head_dim", "layers", "heads", "choices", *_CELLS))
+def _read_transformer(item: Item, buckets: int, candidates: int, frames: int) -> TransformerPlan:
+    entries = item.entries(
+        ("model_class", "config_hash", "head_dim", "layers", "heads", "choices", *_CELLS, "frame_mass")
+    )
     layers, heads = (entries[name].integer(1, 100_000) for name in ("layers", "heads"))
 
     def cells(name: str) -> list[list[list[Item]]]:
@@ -333,6 +338,10 @@ def _read_transformer(item: Item, buckets: int, candidates: int) -> TransformerP
         head_dim=entries["head_dim"].integer(1, 100_000),
         choices=_tuples(choices),
         **numbers,
+        frame_mass=tuple(
+            tuple(tuple(x.number(0, 1) for x in row.items(frames)) for row in layer.items(heads))
+            for layer in entries["frame_mass"].items(layers if entries["frame_mass"].value else 0)
+        ),
     )
 
 

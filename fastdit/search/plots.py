@@ -108,6 +108,37 @@ def draw_numbers(plan: Plan, title: str, name: str) -> Figure:
     return figure
 
 
+def draw_distances(plan: Plan, title: str) -> Figure:
+    """Draw how dense attention is spread over the distance between frames, head by head.
+
+    Args:
+        plan: The plan, with ``frame_mass``.
+        title: The transformer.
+    """
+    from matplotlib.colors import PowerNorm
+
+    mass = 100 * np.array(plan.transformers[title].frame_mass)
+    layers, heads, frames = mass.shape
+    with _style():
+        figure = _figure(1.9 + min(0.3 * layers * heads, 7))
+        axes = figure.subplots()
+        edges = np.arange(frames + 1) - 0.5, np.arange(layers * heads + 1) / heads - 0.5
+        # most attention is near: the root makes the rest visible
+        colors = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, max(float(mass.max()), 1e-3))}
+        image = axes.pcolormesh(*edges, mass.reshape(-1, frames), **colors)
+        axes.hlines(np.arange(1, layers) - 0.5, -0.5, frames - 0.5, color="white", linewidth=min(1.5, 30 / layers))
+        axes.set_ylim(layers - 0.5, -0.5)
+        axes.set_xticks(_ticks(frames, 12))
+        axes.set_yticks(_ticks(layers, 15))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("frames apart")
+        axes.set_ylabel("layer" if heads == 1 else f"layer, with a row for each of {heads} heads")
+        figure.colorbar(image, ax=axes, label="% of attention", **_BAR)
+        figure.suptitle("How far attention looks" + ("" if len(plan.transformers) == 1 else f": {title}"))
+    return figure
+
+
 def draw_curve(plan: Plan) -> Figure:
     """Draw the error that other budgets would have had over their cost, and the point that was chosen.
 

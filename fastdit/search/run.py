@@ -213,4 +213,5 @@ def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model
         errors=pick(cells.error).tolist(),
         densities=pick(cells.density).tolist(),
         seconds=pick(cells.seconds(model)).tolist(),
+        frame_mass=cells.mass.clip(0, 1).tolist(),
     )

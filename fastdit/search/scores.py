@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
 from .schema import write_whole
 
-VERSION = 1
+VERSION = 2
 DIGITS = 9
 """Significant digits in a file: enough to tell all fp32 numbers apart."""
 
@@ -73,6 +73,7 @@ class CallScores:
         head_error: Norm of a head's error before it, over the norm of the head's output; at least 0.
         recall: Attention mass covered, in [0, 1]; NaN where the result is not that of a pattern.
         density: Fraction of pairs computed, in [0, 1].
+        mass: ``(heads, frames)`` of dense attention on video tokens of the same frame, one frame apart, and so on.
     """
 
     title: str
@@ -83,6 +84,7 @@ class CallScores:
     head_error: Floats
     recall: Floats
     density: Floats
+    mass: Floats
 
     def layer_error(self, candidate: int) -> float:
         """Return the relative error of the layer's output if all heads take a candidate, as if heads erred apart.
@@ -228,7 +230,7 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_ARRAYS = ("error", "head_error", "recall", "density")
+_ARRAYS = ("error", "head_error", "recall", "density", "mass")
 
 
 def _plain(values: Floats) -> list[list[float | None]]:

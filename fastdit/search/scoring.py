@@ -116,25 +116,39 @@ def sampled_recall(q: Tensor, k: Tensor, pattern: Pattern, call: AttentionCall, 
         call: The call.
         rows: Queries to look at, at least 1, spread over the video.
     """
-    _, heads, _, dim = q.shape
     mask, inverse = pattern.mask, pattern.layout.inverse
-    video = call.tokens.video
-    count = video.stop - video.start
-    # steps of the golden ratio fall on all rows and columns of any grid
-    spread = (torch.arange(min(rows, count), dtype=torch.float64) * _GOLDEN) % 1
-    sample = torch.arange(count) if rows >= count else (spread * count).long()
-    sample = (sample + video.start).to(q.device)
-    scale = dim**-0.5 if call.scale is None else call.scale
-    recall = torch.empty(heads, device=q.device)
-    for head in range(heads):
-        scores = q[:, head, sample].float() @ k[:, head].float().mT * scale
-        if call.key_padding is not None:
-            scores = scores.masked_fill(call.key_padding[:, None], -torch.inf)
+    sample = _sample(call, rows, q.device)
+    recall = torch.empty(q.shape[1], device=q.device)
+    for head in range(len(recall)):
         position = inverse[head if len(inverse) > 1 else 0]
         blocks = _listed(pattern, head, position[sample] // mask.block_q)
         kept = blocks[:, :, position // mask.block_k]
-        recall[head] = (scores.softmax(-1) * kept).sum(-1).mean()
+        recall[head] = (_attention(q, k, head, sample, call) * kept).sum(-1).mean()
     return recall
+
+
+def frame_mass(q: Tensor, k: Tensor, call: AttentionCall, rows: int = RECALL_ROWS) -> Tensor:
+    """Measure how attention is spread over the distance between frames, as a mean over some video queries.
+
+    Args:
+        q: ``(B, H, S, D)`` queries, in the model's own token order.
+        k: ``(B, H, S, D)`` keys, likewise.
+        call: The call.
+        rows: Queries to look at, at least 1, spread over the video.
+
+    Returns:
+        ``(H, frames)`` fp32 in [0, 1]: the mass on video tokens of the same frame, of the next ones on either side, and
+        so on. What is missing from 1 is on text.
+    """
+    grid, video = call.tokens.grid, call.tokens.video
+    sample = _sample(call, rows, q.device)
+    frame = (sample - video.start) // grid.frame_tokens
+    apart = (frame[:, None] - torch.arange(grid.frames, device=q.device)).abs()
+    mass = torch.zeros(q.shape[1], grid.frames, device=q.device)
+    for head in range(len(mass)):
+        by_frame = _attention(q, k, head, sample, call)[:, :, video].unflatten(-1, (grid.frames, -1)).sum(-1).mean(0)
+        mass[head].index_add_(0, apart.flatten(), by_frame.flatten() / len(sample))
+    return mass
 
 
 @contextmanager
@@ -188,6 +202,24 @@ def head_density(pattern: Pattern | None, call: AttentionCall, state: MethodStat
     if state.kept is None:
         raise ValueError("the method left no density in state.kept: its forward has to")
     return state.kept.float().expand(heads)
+
+
+def _sample(call: AttentionCall, rows: int, device: torch.device) -> Tensor:
+    """Pick queries of the video, ``(rows,)`` int64: steps of the golden ratio fall on all rows and columns."""
+    video = call.tokens.video
+    count = video.stop - video.start
+    spread = (torch.arange(min(rows, count), dtype=torch.float64) * _GOLDEN) % 1
+    sample = torch.arange(count) if rows >= count else (spread * count).long()
+    return (sample + video.start).to(device)
+
+
+def _attention(q: Tensor, k: Tensor, head: int, sample: Tensor, call: AttentionCall) -> Tensor:
+    """Return the attention of some queries of a head to all keys, ``(B, rows, S)`` fp32."""
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scores = q[:, head, sample].float() @ k[:, head].float().mT * scale
+    if call.key_padding is not None:
+        scores = scores.masked_fill(call.key_padding[:, None], -torch.inf)
+    return scores.softmax(-1)
 
 
 def _listed(pattern: Pattern, head: int, query_blocks: Tensor) -> Tensor:

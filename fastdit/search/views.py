@@ -115,12 +115,13 @@ def layers(plan: Plan, title: str) -> list[dict[str, Any]]:
         title: The transformer.
 
     Returns:
-        For each layer its index, mean density, error, and which methods have which share of its heads and step
+        For each layer its index, mean density, error, share of dense attention on a query's own frame where that was
+        measured, and which methods have which share of its heads and step
         buckets. The error is that of the layer's output, as if its heads erred apart, a root mean square over buckets.
     """
     found = plan.transformers[title]
     choices, errors, densities = (np.array(getattr(found, name)) for name in ("choices", "errors", "densities"))
-    buckets = len(plan.buckets)
+    buckets, mass = len(plan.buckets), found.frame_mass
     rows = []
     for layer in range(found.layers):
         count = Counter(plan.candidates[index].name for index in choices[:, layer].flat)
@@ -129,6 +130,7 @@ def layers(plan: Plan, title: str) -> list[dict[str, Any]]:
                 "layer": layer,
                 "density": float(densities[:, layer].mean()),
                 "error": float(np.sqrt(np.square(errors[:, layer]).sum() / buckets)),
+                "same_frame": float(np.mean([row[0] for row in mass[layer]])) if mass else None,
                 "methods": {name: n / choices[:, layer].size for name, n in count.most_common()},
             }
         )
