@@ -31,7 +31,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seeds everything.")] = 0,
     vae_steps: Annotated[int, typer.Option(min=1)] = 2500,
     clips: Annotated[int, typer.Option(help="Clips to encode for the transformer.", min=1)] = 1600,
-    dit_steps: Annotated[int, typer.Option(min=1)] = 3500,
+    dit_steps: Annotated[int, typer.Option(min=1)] = 6500,
     part: Annotated[int, typer.Option(help="This process's share of the latents stage.")] = 0,
     parts: Annotated[int, typer.Option(help="Processes that share the latents stage.", min=1)] = 1,
 ) -> None:
