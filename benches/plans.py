@@ -27,7 +27,7 @@ class Recorder(fastdit.AttentionMethod):
 
     Args:
         steps: The steps.
-        samples: Queries, keys and call.
+        samples: Queries and keys, ``(B, H, S, D)`` each, and their call.
     """
 
     name = "recorder"

@@ -78,7 +78,15 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each.")] = 1,
     density: Annotated[float | None, typer.Option(help="Only settings of this density.")] = None,
 ) -> None:
-    """Compare methods with dense on the demo."""
+    """Compare methods with dense on the demo.
+
+    Args:
+        suite: Name of a list of settings.
+        output: JSON lines, one for each clip; rows are added.
+        prompts: How many prompts, at least 1.
+        seeds: Seeds of each, at least 1.
+        density: Only settings of this density, in (0, 1].
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))

@@ -69,6 +69,9 @@ class MultiDiagonal(Diagonal):
     In raster order such a band is one diagonal for each distance between two frames. It is ``diagonal`` in another
     order, and its fields are the same.
 
+    Args:
+        order: As for ``diagonal``.
+
     Source: Sparse-vDiT (arXiv 2506.03065), pattern "multi-diagonal".
     """
 

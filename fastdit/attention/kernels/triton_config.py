@@ -27,10 +27,12 @@ class Config:
 
 
 _SMALL = (Config(32, 32, 4, 2), Config(16, 16, 4, 2))
-_HALF_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL)
+# With two stages the assembler would rather spill than give up a program per multiprocessor.
+_SMALL_64 = (Config(32, 32, 4, 3), Config(16, 16, 4, 2))
+_HALF_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL_64)
 # 64 x 64 with 8 warps spills here: the compiler keeps to 128 registers.
 _HALF_128 = (Config(128, 64, 8, 2), Config(64, 32, 4, 2), *_SMALL)
-_SINGLE_64 = (Config(64, 32, 8, 2), *_SMALL)
+_SINGLE_64 = (Config(64, 32, 8, 2), *_SMALL_64)
 _SINGLE_128 = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
 
 # (architecture, head dim, bits per element): best first. The first whose tiles divide the mask's blocks is used.
