@@ -83,7 +83,13 @@ def test_handle_counts():
         sum(layer["sparse_seconds"] + layer["dense_seconds"] for layer in report["layers"])
     )
     summary = handle.summary()
-    for text in ("draft (density=0.4", "blocks.1.attn1", "8 dense layer", "2 warm-up step", f"{handle.density:.1%}"):
+    for text in (
+        "draft (compensate=mean, density=0.4",
+        "blocks.1.attn1",
+        "8 dense layer",
+        "2 warm-up step",
+        f"{handle.density:.1%}",
+    ):
         assert text in summary
     handle.reset()
     assert handle.density is None and pipe.sparse_attention is handle
