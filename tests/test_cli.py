@@ -323,3 +323,8 @@ def test_info_lists_what_there_is():
     table = run("info").stdout
     for text in (*value["kernels"], *value["families"], *value["methods"], "tuple[int, int, int]", "can run"):
         assert text in table
+
+
+def test_none_is_no_text():
+    assert settings(method="draft", assignments=["compensate=none"]).fields == {"compensate": None}
+    assert settings(method="draft", assignments=["compensate=mean"]).fields == {"compensate": "mean"}

@@ -156,7 +156,7 @@ def read_value(name: str, text: str, kind: Any) -> Any:
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        for part in parts:
+        for part in sorted(parts, key=lambda part: part is not type(None)):  # "none" is also text
             try:
                 return read_value(name, text, part)
             except InputError:
