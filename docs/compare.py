@@ -71,10 +71,11 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Fill the page."""
+    """Fill the tables of which there are results."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("methods", methods_table()), ("reuse", reuse_table())):
-        text = fill(text, name, table)
+    for name, table in (("methods", methods_table), ("reuse", reuse_table)):
+        if (RESULTS / f"demo-{name}.jsonl").exists():
+            text = fill(text, name, table())
     PAGE.write_text(text, encoding="utf-8")
 
 
