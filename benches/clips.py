@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from fastdit.demo import DEFAULTS
 
 
-def make_clip(pipeline: Any, prompt: str, seed: int, steps: int | None = None) -> tuple[np.ndarray, float]:
+def make_clip(pipeline: Any, prompt: str, seed: int, steps: int | None = None) -> np.ndarray:
     """Make a clip of the demo.
 
     Args:
@@ -21,10 +20,9 @@ def make_clip(pipeline: Any, prompt: str, seed: int, steps: int | None = None) -
         steps: Denoising steps; default: the demo's.
 
     Returns:
-        Frames ``(F, H, W, 3)`` fp32 in [0, 1], and the seconds it took.
+        ``(F, H, W, 3)`` fp32 in [0, 1].
     """
-    began = time.perf_counter()
-    frames = pipeline(
+    return pipeline(
         prompt=prompt,
         negative_prompt=DEFAULTS.negative_prompt,
         num_frames=DEFAULTS.num_frames,
@@ -35,4 +33,3 @@ def make_clip(pipeline: Any, prompt: str, seed: int, steps: int | None = None) -
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
     ).frames[0]
-    return frames, time.perf_counter() - began

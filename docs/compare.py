@@ -22,7 +22,7 @@ def read(name: str) -> list[dict]:
 
 def average(rows: list[dict]) -> dict:
     """Average rows of one setting over clips."""
-    numbers = ("density", "overall_density", "psnr", "ssim", "speedup_attention")
+    numbers = ("density", "overall_density", "psnr", "ssim")
     out = rows[0] | {name: mean(row[name] for row in rows) for name in numbers}
     rights = [row["right"][part] for row in rows for part in ("color", "motion", "background")]
     return out | {"accuracy": mean(rights), "clips": len(rows)}
