@@ -56,7 +56,9 @@ def sparse_attention_call(
     tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
     _check_length(tokens, q.shape[2])
     call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
-    return method.forward(q, k, v, call, state or MethodState(kernel=kernel, precision=precision))
+    state = MethodState(kernel=kernel, precision=precision) if state is None else state
+    with torch.autocast(q.device.type, enabled=False):  # blocks are chosen, and sums made, in the precision they need
+        return method.forward(q, k, v, call, state)
 
 
 def pattern(

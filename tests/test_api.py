@@ -272,3 +272,11 @@ def test_pattern():
         fastdit.pattern("draft", grid=(3, 8, 8), q=q[:, :, :100], k=q[:, :, :100])
     with pytest.raises(TypeError, match="cannot be combined"):
         fastdit.pattern(tiny.Recorder(), grid=(3, 8, 8), density=0.5)
+
+
+def test_one_call_under_autocast():
+    q, k, v = (torch.randn(1, 2, 96, 16) for _ in range(3))
+    call = {"grid": (3, 4, 8), "method": "adaspa", "block_size": 16, "density": 0.4}
+    expected = fastdit.sparse_attention_call(q, k, v, **call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastdit.sparse_attention_call(q, k, v, **call), expected)

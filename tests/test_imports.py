@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     {"tokens", "schedule", "metrics"},
-    {"curve"},
+    {"curve", "files"},
     {"layout", "mask"},
     {"attention.kernels"},
     {"attention"},

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import moved_when_complete
 from ..schedule import check_edges
 from ..tokens import TokenSpec, VideoGrid
 from .base import check_block_size, check_density
@@ -128,7 +130,8 @@ class ParoPlan:
             "edges": self.edges,
         }
         tensors = {"orders": torch.tensor(places, dtype=torch.uint8), "blocks": self._bits}
-        save_file(tensors, os.fspath(path), {"paro_plan": json.dumps(about)})
+        with moved_when_complete(Path(path)) as part:
+            save_file(tensors, part, {"paro_plan": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ParoPlan:

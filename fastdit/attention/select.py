@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import TokenLayout
 from ..tokens import TokenSpec, VideoGrid
+from .kernels.means import means_of_blocks
 
 SCORES_AT_ONCE = 1 << 24
 
@@ -64,9 +65,8 @@ def pool_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
     Raises:
         ValueError: The blocks do not fit the sequence.
     """
-    parts, real = _blocks(x, block, lengths)
-    sums = parts.masked_fill(~real, 0).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
-    return sums / lengths.clamp(min=1).to(sums)[..., None]
+    _check_blocks(x, block, lengths)
+    return means_of_blocks(x, block, lengths)
 
 
 def pool_extremes(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,29 +85,22 @@ def pool_extremes(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tenso
 
     Source: Quest (arXiv 2406.10774), section 3.2, where they bound the scores of a block.
     """
-    parts, real = _blocks(x.to(torch.promote_types(x.dtype, torch.float32)), block, lengths)
+    _check_blocks(x, block, lengths)
+    parts = F.pad(x, (0, 0, 0, lengths.shape[-1] * block - x.shape[2])).unflatten(2, (-1, block))
+    parts = parts.to(torch.promote_types(x.dtype, torch.float32))
+    real = (torch.arange(block, device=x.device) < lengths[..., None])[..., None]
     empty = (lengths == 0)[..., None]
     low = parts.masked_fill(~real, torch.inf).amin(3).masked_fill(empty, 0)
     high = parts.masked_fill(~real, -torch.inf).amax(3).masked_fill(empty, 0)
     return low, high
 
 
-def _blocks(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut a sequence into blocks: ``(B, H, N, block, D)``, and which positions are real, ``(..., N, block, 1)``.
-
-    Raises:
-        ValueError: The blocks do not fit the sequence.
-    """
-    missing = lengths.shape[-1] * block - x.shape[2]
-    if not 0 <= missing < block:
+def _check_blocks(x: Tensor, block: int, lengths: Tensor) -> None:
+    if not 0 <= lengths.shape[-1] * block - x.shape[2] < block:
         raise ValueError(
             f"{lengths.shape[-1]} blocks of {block} do not fit a sequence of {x.shape[2]} positions; "
             "give the lengths of the layout that it was put into"
         )
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-    real = torch.arange(block, device=x.device) < lengths[..., None]
-    return x.unflatten(2, (-1, block)), real[..., None]
 
 
 def sample_tokens(lengths: Tensor, block: int, samples: int, *, heads: int, seed: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import moved_when_complete
 from . import options
 from .errors import guarded
 from .options import ATTENTION, MACHINE, OUTPUT, VIDEO
@@ -175,7 +176,7 @@ def generate(
         }
         value = results.summarize(clips, about)
         if report is not None:
-            with video.moved_when_complete(report) as part:
+            with moved_when_complete(report) as part:
                 part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         screen.result(value, *results.tables(value))
     team.close()

@@ -155,8 +155,8 @@ def _draw_head(plan: Plan, title: str, layer: int, head: int) -> Iterator[tuple[
 
 
 def _save(pictures: Iterator[tuple[str, Figure | None]], folder: Path, screen: Screen) -> Iterator[Path]:
+    from ..files import moved_when_complete
     from ..search.plots import save
-    from .video import moved_when_complete
 
     for name, figure in pictures:
         if figure is None:

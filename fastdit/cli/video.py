@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import moved_when_complete
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -74,21 +74,6 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder} is a file, not a folder; give another place with --output")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"the folder {folder} cannot be written; give another place with --output")
-
-
-@contextmanager
-def moved_when_complete(path: Path) -> Iterator[Path]:
-    """Yield a temporary name in the same folder; afterwards it becomes the file, or is removed after an error.
-
-    Args:
-        path: The file in the end.
-    """
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable[[], object] = lambda: None) -> None:

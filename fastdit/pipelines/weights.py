@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict
 
 from ..attention import AttentionMethod
+from ..files import moved_when_complete
 
 ATTRIBUTE = "sparse_attention_weights"
 VERSION = 1
@@ -77,7 +78,8 @@ def save_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str
         ValueError: The method learns nothing, or its weights are out of reach.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(method, weights).items()}
-    save_file(tensors, path, {_HEADER: json.dumps(_header(method, weights))})
+    with moved_when_complete(Path(path)) as part:
+        save_file(tensors, part, {_HEADER: json.dumps(_header(method, weights))})
 
 
 def load_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str, Weights | None]) -> None:

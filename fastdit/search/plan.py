@@ -14,9 +14,10 @@ from typing import Any
 from ..attention import AttentionMethod
 from ..attention.kernels import list_precisions
 from ..attention.table import Table
+from ..files import moved_when_complete
 from ..schedule import Schedule, check_edges
 from ..tokens import TokenSpec, VideoGrid
-from .schema import MAX_NUMBER, Item, PlanError, read_json, shown, write_json, write_whole
+from .schema import MAX_NUMBER, Item, PlanError, read_json, shown, write_json
 from .stored_methods import method_from_json, method_to_json
 
 SCHEMA = 1
@@ -235,7 +236,8 @@ class Plan:
         values["candidates"] = [
             method_to_json(method, f"candidates[{index}]", path) for index, method in enumerate(self.candidates)
         ]
-        write_whole(path, write_json({"fastdit_plan": SCHEMA, **values}).encode())
+        with moved_when_complete(path) as part:
+            part.write_text(write_json({"fastdit_plan": SCHEMA, **values}), encoding="utf-8", newline="\n")
 
     def _values(self) -> dict[str, Any]:
         """Return everything but the candidates as the file has it."""

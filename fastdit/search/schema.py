@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -209,24 +208,6 @@ def write_json(value: Any) -> str:
         value: Objects, lists, texts and finite numbers.
     """
     return "".join(_lines(value, "")) + "\n"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under another name, and give it its own when it is complete.
-
-    Args:
-        path: The file; one that is there is replaced.
-        data: What it shall hold.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _lines(value: Any, indent: str) -> Iterator[str]:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..files import moved_when_complete
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
-from .schema import write_whole
 
 VERSION = 2
 DIGITS = 9
@@ -188,7 +188,8 @@ class Scores:
             "calls": [{**vars(call), **{name: _plain(getattr(call, name)) for name in _ARRAYS}} for call in self.calls],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content, allow_nan=False).encode())
+        with moved_when_complete(path) as part:
+            part.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> Scores | None:

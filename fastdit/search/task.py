@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention import AttentionMethod, MethodState, Pattern
 from ..attention.paro import Paro, calibrate
+from ..files import moved_when_complete
 from ..pipelines.base import find_family
 from ..pipelines.targets import require_transformers
 from ..schedule import Schedule
@@ -25,7 +26,7 @@ from .cost import ROUNDS, CostModel, device_name, measure_cost
 from .fingerprint import fingerprint, plain
 from .live import LiveSamples
 from .sampling import SampledSteps, Sampling
-from .schema import write_json, write_whole
+from .schema import write_json
 from .scores import Scores, Shape, digest
 
 Progress = Callable[[str, int, int], None]
@@ -173,7 +174,8 @@ class Task:
         model = measure_cost(candidates, shape, **options)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, write_json(model.record()).encode())
+            with moved_when_complete(path) as part:
+                part.write_text(write_json(model.record()), encoding="utf-8")
         return model
 
     def slower_than_dense(self, model: CostModel) -> frozenset[int]:

@@ -22,10 +22,24 @@ def block_means(x: Tensor, mask: BlockMask) -> Tensor:
     Returns:
         ``(B, H, Nk, D)`` fp32, or fp64 for fp64; 0 for a block without real keys.
     """
-    x = pad(x, (0, 0, 0, mask.num_k * mask.block_k - x.shape[2])).unflatten(2, (mask.num_k, mask.block_k))
-    padding = torch.arange(mask.block_k, device=x.device) >= mask.lengths_k[..., None]
+    return means_of_blocks(x, mask.block_k, mask.lengths_k)
+
+
+def means_of_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
+    """Average tokens over the real ones of each block.
+
+    Args:
+        x: ``(B, H, S, D)``, any float dtype; the last block may be cut off, and padding may hold anything.
+        block: Tokens per block, at least 1.
+        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
+
+    Returns:
+        ``(B, H, N, D)`` fp32, or fp64 for fp64; 0 for a block without tokens.
+    """
+    x = pad(x, (0, 0, 0, lengths.shape[-1] * block - x.shape[2])).unflatten(2, (-1, block))
+    padding = torch.arange(block, device=x.device) >= lengths[..., None]
     sums = x.masked_fill(padding[..., None], 0).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
-    return sums / mask.lengths_k.clamp(min=1)[..., None]
+    return sums / lengths.clamp(min=1).to(sums)[..., None]
 
 
 def dropped_blocks(mask: BlockMask) -> Tensor:
