@@ -23,18 +23,19 @@ ORDER = (
     {"attach"},
     {""},  # fastdit/__init__.py
     {"demo"},
+    {"bench"},
     {"cli", "benches"},
     {"__main__"},
 )
 MAY_IMPORT = {  # packages that only some parts of fastdit know
-    "diffusers": ("", "api", "cli", "demo", "pipelines"),
+    "diffusers": ("", "api", "bench", "cli", "demo", "pipelines"),
     "accelerate": ("", "api", "cli", "demo", "pipelines"),
     "transformers": ("cli", "demo", "pipelines"),
     "typer": ("cli", "demo"),
     "rich": ("cli", "demo", "report"),
-    "imageio": ("cli", "demo"),
+    "imageio": ("bench", "cli", "demo"),
 }
-OPTIONAL = {"matplotlib", "peft", "skimage", "lpips", "xformers", "flash_attn", "pandas"}
+OPTIONAL = {"matplotlib", "peft", "skimage", "lpips", "xformers", "flash_attn", "pandas", "jinja2"}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,1 @@
+"""Benchmarks: speed and quality, always beside dense attention of the same run."""
