@@ -1,63 +1,62 @@
 """Every entry of the Triton tables compiles for its GPU into the code it was chosen for. No GPU is needed."""
 
 import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from kernel_compile import SHARED_LIMIT, compile_fwd, compile_means
+from kernel_compile import SHARED_LIMIT, compile_entry, faults
+from kernel_entries import BF16, FP16, FP32, entries, fwd_entry
 
-from fastdit.attention.kernels.triton_config import TABLE, TABLE_SINGLE_MEANS, Config, choose_config, table_arch
+from fastdit.attention.kernels.triton_config import TABLE, Config, choose_config, table_arch
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def entries():
-    for (arch, dim, bits), configs in TABLE.items():
-        quick = bits == 16 and arch in (80, 90)
-        yield from of_table(arch, dim, bits, configs, False, quick)
-        with_means = configs if bits == 16 else TABLE_SINGLE_MEANS[dim]
-        yield from of_table(arch, dim, bits, with_means, True, quick and (arch, dim) == (90, 128))
+ENTRIES = entries()
 
 
-def of_table(arch, dim, bits, configs, compensate, quick):
-    dtype = BF16 if bits == 16 else FP32
-    for rank, config in enumerate(configs):
-        # The best entry is compiled for a mask whose blocks are larger than its tiles.
-        blocks = (128, 128) if rank == 0 else (config.tile_q, config.tile_k)
-        yield case(arch, dim, dtype, blocks, config, compensate, quick and rank == 0)
-    if bits == 16:
-        yield case(arch, dim, FP16, (128, 128), configs[0], compensate, False)
-    yield case(arch, 96 if dim == 128 else 32, dtype, (128, 128), configs[0], compensate, False)
+def compile_named(name):
+    return compile_entry(ENTRIES[name])
 
 
-def case(arch, dim, dtype, blocks, config, compensate, quick):
-    tiles = f"{config.tile_q}x{config.tile_k}x{config.num_warps}"
-    name = f"sm_{arch}-{str(dtype)[6:]}-{dim}-{tiles}{'-means' if compensate else ''}"
-    marks = () if quick else pytest.mark.slow
-    return pytest.param(arch, dim, dtype, blocks, config, compensate, id=name, marks=marks)
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """Compile what the chosen tests need, in as many processes as there are cores."""
+    tests = [item for item in request.session.items if getattr(item, "function", None) is test_is_clean]
+    names = [test.callspec.params["name"] for test in tests]
+    processes = min(len(names), len(os.sched_getaffinity(0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            yield {name: pool.submit(compile_named, name) for name in names}
+            pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(("arch", "dim", "dtype", "blocks", "config", "compensate"), list(entries()))
-def test_compiles_clean(arch, dim, dtype, blocks, config, compensate, record_property):
-    built = compile_fwd(arch, dim, dtype, *blocks, config, compensate=compensate)
+@pytest.mark.parametrize(
+    "name", [pytest.param(e.name, marks=() if e.quick else pytest.mark.slow) for e in ENTRIES.values()]
+)
+def test_is_clean(name, compiled, record_property):
+    built = compiled[name].result()
     record_property("compiled", str(built))
-    assert built.spilled == 0, built
-    assert not built.serialized, built
-    assert built.shared_kib <= SHARED_LIMIT[arch], built
-    assert built.async_copies > 0, built
-    assert built.tensor_ops != 0, built
+    assert faults(ENTRIES[name], built) == [], built
 
 
-@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (89, 90, 100, 120))])
-@pytest.mark.parametrize(("dim", "dtype"), [(128, BF16), (72, FP32)], ids=str)
-def test_means_compile_clean(arch, dim, dtype):
-    built = compile_means(arch, dim, dtype, 128)
-    assert built.spilled == 0 and built.shared_kib <= 4 and built.registers <= 64, built
+def test_a_bad_kernel_is_found():
+    entry = fwd_entry(90, 128, BF16, (128, 128), Config(128, 128, 4, 2), False)
+    wrong = faults(entry, compile_entry(entry))
+    assert [any(text in fault for fault in wrong) for text in ("spills", "wait for each other")] == [True, True]
+
+
+def test_a_loop_without_prefetch_is_found():
+    entry = fwd_entry(80, 64, BF16, (64, 64), Config(64, 64, 4, 1), False)
+    built = compile_entry(entry)
+    assert faults(entry, built) == ["2 of 2 loops read without asynchronous copies, 0 may"]
+    small = replace(built, plain_loops=0, shared_kib=164, tensor_ops=0)
+    assert faults(entry, small) == ["164.0 KiB of shared memory, 163 is the limit", "no HMMA"]
 
 
 def test_only_known_variants():
