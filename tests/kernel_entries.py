@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from choice_entries import CHOICE
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
 from fastdit.attention.kernels.triton_config import TABLE, TABLE_SINGLE_MEANS, Config
@@ -53,7 +54,7 @@ def fwd_entry(
         constants=constexprs,
         options=compile_options(config),
         types=dict.fromkeys(data, f"*{TYPES[dtype]}") | {"lse_ptr": "*fp32", "dropped_ptr": "*i8", "scale": "fp32"},
-        tensor_op=TENSOR_CORES[arch] if config.tile_q >= MIN_WIDE_TILE and dtype != FP32 else "HMMA",
+        tensor_op=TENSOR_CORES[arch] if config.tile_q >= MIN_WIDE_TILE else "HMMA",
         plain_loops=int(means and constexprs["MEANS_STAGES"] == 1),
         quick=quick,
     )
@@ -80,7 +81,7 @@ def block_means() -> Iterator[Entry]:
             )
 
 
-KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means)
+KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE)
 
 
 def entries() -> dict[str, Entry]:
