@@ -46,14 +46,20 @@ def fwd_entry(
 ) -> Entry:
     """Make the entry of one forward kernel."""
     data = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "mean_k_ptr", "mean_v_ptr")
+    types = dict.fromkeys(data, f"*{TYPES[dtype]}") | {"lse_ptr": "*fp32", "dropped_ptr": "*i8", "scale": "fp32"}
     constexprs = constants(head_dim, dtype, *blocks, config, compensate=means)
+    if config.variant == "loads":
+        constexprs |= {"k_descriptor": None, "v_descriptor": None}
+    else:
+        box = f"tensordesc<{TYPES[dtype]}[1, 1, {config.tile_k}, {constexprs['PADDED_DIM']}]>"
+        types |= {"k_descriptor": box, "v_descriptor": box}
     return Entry(
         name=f"sm_{arch}-fwd-{TYPES[dtype]}-{head_dim}-{of_config(config)}{'-means' if means else ''}",
         arch=arch,
         kernel=_block_sparse_fwd_kernel,
         constants=constexprs,
         options=compile_options(config),
-        types=dict.fromkeys(data, f"*{TYPES[dtype]}") | {"lse_ptr": "*fp32", "dropped_ptr": "*i8", "scale": "fp32"},
+        types=types,
         tensor_op=TENSOR_CORES[arch] if config.tile_q >= MIN_WIDE_TILE else "HMMA",
         plain_loops=int(means and constexprs["MEANS_STAGES"] == 1),
         quick=quick,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdit
-from fastdit.attention import MethodState, adaspa, get_method, mass
+from fastdit.attention import MethodState, adaspa, get_method, mass, select
 from fastdit.attention.adaspa import levels
 from fastdit.attention.mass import block_mass
 from fastdit.layout import TokenLayout
@@ -106,6 +106,17 @@ def test_mass_is_the_attention_map_summed_over_blocks(grid, text, chunk, monkeyp
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_padding_does_not_count(poisoned_empty):
+    """What padding holds does not matter, not even to a sum with a log-sum-exp of its own."""
+    q, k, lse = torch.randn(1, 1, 40, 8), torch.randn(1, 1, 40, 8), torch.randn(1, 1, 40)
+    lengths = torch.tensor([[[16, 5, 8]]])
+    real = (torch.arange(16) < lengths[..., None]).flatten()[:40]
+    dirty = [x.masked_fill(~real[:, None], torch.nan) for x in (q, k)]
+    shapes = {"scale": 0.3, "block": 16, "lengths_q": lengths, "lengths_k": lengths}
+    dirty_lse = lse.masked_fill(~real, torch.nan)
+    torch.testing.assert_close(block_mass(*dirty, dirty_lse, **shapes), block_mass(q, k, lse, **shapes))
+
+
 def test_mass_of_half_precision_is_summed_in_single():
     q, k = structured(TokenSpec(VideoGrid(2, 8, 16)))
     lengths = torch.full((1, 1, 4), 64)
@@ -116,14 +127,28 @@ def test_mass_of_half_precision_is_summed_in_single():
     )
 
 
-def test_mass_takes_memory_for_a_few_rows_only(monkeypatch):
+@pytest.mark.parametrize("cached", [True, False])
+def test_mass_takes_memory_for_a_few_rows_only(cached, monkeypatch):
     """No tensor of the map's own size: 2048 x 2048 entries, in pieces of at most 2 rows of blocks."""
     monkeypatch.setattr(mass, "MAX_ENTRIES", 2 * 64 * 2048)
     q, k = torch.randn(2, 1, 1, 2048, 8).unbind()
-    lengths = torch.full((1, 1, 32), 64)
+    lengths, lse = torch.full((1, 1, 32), 64), torch.randn(1, 1, 2048) if cached else None
     with LargestTensor() as largest:
-        block_mass(q, k, None, scale=0.3, block=64, lengths_q=lengths, lengths_k=lengths)
+        block_mass(q, k, lse, scale=0.3, block=64, lengths_q=lengths, lengths_k=lengths)
     assert 64 * 2048 <= largest.elements <= 2 * 64 * 2048
+
+
+def test_heads_are_searched_a_few_at_a_time(monkeypatch):
+    """One map of blocks at a time gives what all of them give, in one byte for each pair that stays."""
+    spec = TokenSpec(VideoGrid(3, 9, 11), 19)
+    q, k = structured(spec, heads=5)
+    call, found = AttentionCall(spec, key_padding=padding_of(spec)), []
+    for scores in (1, 1 << 24):
+        monkeypatch.setattr(select, "SCORES_AT_ONCE", scores)
+        method = get_method("adaspa", density=0.3, block_size=16, recall_threshold=0.3)
+        found.append(method.pattern(q, k, call, MethodState()).mask)
+    assert torch.equal(found[0].to_dense(), found[1].to_dense())
+    assert found[0].counts[:, :, 0].unique().numel() == 3
 
 
 @pytest.mark.parametrize(("density", "adaptive"), [(0.1, True), (0.3, False), (0.8, True)])

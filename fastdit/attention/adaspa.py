@@ -13,7 +13,7 @@ from .base import Pattern, check_density, register
 from .kernels import block_sparse_attention
 from .mass import block_mass
 from .ordered import OrderedMethod, pattern_of
-from .select import keep_top_k, top_count
+from .select import by_heads, keep_top_k, top_count
 from .state import MethodState
 
 
@@ -70,27 +70,34 @@ class AdaSpa(OrderedMethod):
         if lse is None:
             _, lse = self._attend(q, k, k, layout, call, state)
         lengths = layout.lengths()[None] if call.key_padding is None else layout.lengths_without(call.key_padding)
-        mass = block_mass(
-            q,
-            k,
-            lse,
-            scale=q.shape[-1] ** -0.5 if call.scale is None else call.scale,
-            block=self.block_size,
-            lengths_q=lengths,
-            lengths_k=lengths,
-        )
         video = layout.video_blocks
-        total, mass = mass.sum((-1, -2)), mass[..., :video, :video]
-        scores = mass / lengths[..., None, :video]
         base = top_count(self.density, video)
-        blocks = keep_top_k(scores, base)
-        if not self.adaptive:
-            return pattern_of(layout, blocks, max_count=base)
-        recall = 1 - mass.masked_fill(blocks, 0).sum((-1, -2)) / total
-        level = levels(recall, self.recall_threshold)[..., None, None]
-        step = min(base // 2, video - base)  # what there is to get, above a density of 2/3
-        blocks = torch.where(level < 0, keep_top_k(scores, base - step), blocks)
-        blocks = torch.where(level > 0, keep_top_k(scores, base + step), blocks)
+        step = min(base // 2, video - base) if self.adaptive else 0  # what there is to get, above a density of 2/3
+        recall = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+        def choose(heads: slice) -> Tensor:
+            mass = block_mass(
+                q[:, heads],
+                k[:, heads],
+                lse[:, heads],
+                scale=q.shape[-1] ** -0.5 if call.scale is None else call.scale,
+                block=self.block_size,
+                lengths_q=_of_heads(lengths, heads),
+                lengths_k=_of_heads(lengths, heads),
+            )
+            total, mass = mass.sum((-1, -2)), mass[..., :video, :video]
+            scores = mass / _of_heads(lengths, heads)[..., None, :video]
+            kept = keep_top_k(scores, base)
+            recall[:, heads] = 1 - mass.masked_fill(kept, 0).sum((-1, -2)) / total
+            if step == 0:
+                return kept
+            # How many of the three budgets keep a block: each keeps what the smaller ones do.
+            return keep_top_k(scores, base - step).to(torch.uint8) + kept + keep_top_k(scores, base + step)
+
+        blocks = by_heads(choose, q.shape[1], q.shape[0] * layout.num_blocks**2)
+        if step:
+            level = levels(recall, self.recall_threshold)[..., None, None]
+            blocks = blocks >= 2 - level
         return pattern_of(layout, blocks, max_count=base + step)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
@@ -134,6 +141,10 @@ def _remembered(q: Tensor, call: AttentionCall, state: MethodState) -> Tensor | 
     tokens, lse = state.memory.get("lse", (None, None))
     fits = lse is not None and tokens == call.tokens and lse.shape[:2] == q.shape[:2] and lse.device == q.device
     return lse if fits else None
+
+
+def _of_heads(x: Tensor, heads: slice) -> Tensor:
+    return x if x.shape[1] == 1 else x[:, heads]
 
 
 def levels(recall: Tensor, threshold: float) -> Tensor:

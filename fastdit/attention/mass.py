@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.device import takes_triton
+
 MAX_ENTRIES = 1 << 25
 """Entries of the attention map that exist at once: 128 MiB in fp32."""
+CACHED_ENTRIES = 1 << 19
+"""As many as stay in the cache of a CPU, where a sum over blocks goes tile by tile."""
 
 
 def attention_rows(
@@ -50,13 +54,14 @@ def attention_rows(
                 yield (b, h, rows), weights.masked_fill_(no_query[..., None, None], 0)
 
 
+@torch.no_grad()
 def block_mass(
     q: Tensor, k: Tensor, lse: Tensor | None, *, scale: float, block: int, lengths_q: Tensor, lengths_k: Tensor
 ) -> Tensor:
     """Sum the attention map over each pair of blocks.
 
     With a log-sum-exp of an earlier step the sums are no longer exactly normalised: a row of blocks adds up to about
-    the number of its queries.
+    the number of its queries. No gradient flows through them.
 
     Args:
         q: ``(B, H, Sq, D)`` queries, laid out in blocks; the last one may be cut off.
@@ -73,12 +78,52 @@ def block_mass(
 
     Source: AdaSpa (arXiv 2502.21079), the second pass of its search.
     """
+    shapes = {"scale": scale, "block": block, "lengths_q": lengths_q, "lengths_k": lengths_k}
+    if takes_triton(q, k) and 16 <= q.shape[3] <= 128 and block in (16, 32, 64, 128, 256):
+        from .kernels.triton_mass import triton_block_mass
+
+        return triton_block_mass(q, k, lse, **shapes)
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.empty(*q.shape[:2], lengths_q.shape[-1], lengths_k.shape[-1], dtype=dtype, device=q.device)
-    shapes = {"scale": scale, "block": block, "lengths_q": lengths_q, "lengths_k": lengths_k}
+    if lse is not None:
+        for b, h, rows, columns, part in _tiles(q, k, lse.to(dtype), **shapes):
+            mass[b, h, rows, columns] = part
+        return mass
     for (b, h, rows), weights in attention_rows(q, k, lse, **shapes):
         mass[b, h, rows] = weights.sum((1, 3))
     return mass
+
+
+def _tiles(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, block: int, lengths_q: Tensor, lengths_k: Tensor
+) -> Iterator[tuple[int, int, slice, slice, Tensor]]:
+    """Sum the map over blocks in tiles that fit a cache: sample, head, rows and columns of blocks, their sums."""
+    batch, heads = q.shape[:2]
+    num_q, num_k = lengths_q.shape[-1], lengths_k.shape[-1]
+    within = torch.arange(block, device=q.device)
+    no_query, no_key = (
+        (within >= lengths.expand(batch, heads, -1)[..., None]).flatten(2) for lengths in (lengths_q, lengths_k)
+    )
+    entries = min(MAX_ENTRIES, CACHED_ENTRIES) if q.device.type == "cpu" else MAX_ENTRIES
+    columns = min(num_k, max(1, entries // block**2))
+    rows = min(num_q, max(1, entries // (columns * block**2)))
+    tile = lse.new_empty(rows * columns * block**2)
+    for b in range(batch):
+        for h in range(heads):
+            keys = _pad(k[b, h].to(lse.dtype) * scale, num_k * block).mT
+            queries = _pad(q[b, h].to(lse.dtype), num_q * block).masked_fill(no_query[b, h, :, None], 0)
+            # minus infinity leaves nothing of a row of padding
+            shift = -_pad(lse[b, h, :, None], num_q * block).masked_fill(no_query[b, h, :, None], torch.inf)
+            for top in range(0, num_q, rows):
+                of_rows = slice(top * block, (top + rows) * block)
+                for left in range(0, num_k, columns):
+                    some = slice(left * block, (left + columns) * block)
+                    shape = queries[of_rows].shape[0], keys[:, some].shape[1]
+                    weights = tile[: shape[0] * shape[1]].view(shape)
+                    torch.addmm(shift[of_rows], queries[of_rows], keys[:, some], out=weights).exp_()
+                    of_keys = weights.view(-1, block, shape[1]).sum(1).masked_fill_(no_key[b, h, some], 0)
+                    sums = of_keys.unflatten(1, (-1, block)).sum(-1)
+                    yield b, h, slice(top, top + rows), slice(left, left + columns), sums
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
