@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -214,12 +214,36 @@ def axis_order(grid: VideoGrid, axes: str) -> Tensor:
     return torch.arange(grid.num_tokens).view(grid.shape).permute(["fhw".index(a) for a in axes]).flatten()
 
 
+def tile_parts(grid: VideoGrid, tile: tuple[int, int, int]) -> list[tuple[VideoGrid, tuple[int, int, int]]]:
+    """Split a video into the runs of frames that are cut into tiles separately, each with its tile.
+
+    Video autoencoders code the first picture by itself and the later ones several to a frame, so the first frame is
+    unlike the others, and it is the others whose number tiles of several frames divide. Where tiles have several
+    frames, the first frame is therefore cut into flat tiles of as many tokens.
+
+    Args:
+        grid: The video tokens.
+        tile: ``(frames, height, width)`` of a tile, each at least 1.
+
+    Raises:
+        ValueError: A tile axis is smaller than 1.
+    """
+    if min(tile) < 1:
+        raise ValueError(f"a tile needs at least one token along every axis, got {tile}")
+    frames, height, width = tile
+    if frames == 1:
+        return [(grid, tile)]
+    tall = max(n for n in range(1, math.isqrt(frames) + 1) if frames % n == 0)
+    first = (replace(grid, frames=1), (1, height * tall, width * (frames // tall)))
+    return [first] if grid.frames == 1 else [first, (replace(grid, frames=grid.frames - 1), tile)]
+
+
 def tile_order(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """List the tokens of a video tile by tile; tiles at the far ends may be smaller.
 
     Args:
         grid: The video tokens.
-        tile: ``(frames, height, width)`` of a tile, each at least 1.
+        tile: ``(frames, height, width)`` of a tile, each at least 1; see ``tile_parts`` for the first frame.
 
     Returns:
         The order, ``(n,)`` int64, and the true size of each tile, ``(M,)`` int64; tiles and the tokens in them
@@ -228,10 +252,13 @@ def tile_order(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[Tensor, Ten
     Raises:
         ValueError: A tile axis is smaller than 1.
     """
-    if min(tile) < 1:
-        raise ValueError(f"a tile needs at least one token along every axis, got {tile}")
-    axes = [torch.arange(n) // t for n, t in zip(grid.shape, tile, strict=True)]
-    counts = [math.ceil(n / t) for n, t in zip(grid.shape, tile, strict=True)]
-    f, h, w = torch.meshgrid(*axes, indexing="ij")
-    tile_of = ((f * counts[1] + h) * counts[2] + w).flatten()
-    return tile_of.sort(stable=True).indices, tile_of.bincount(minlength=math.prod(counts))
+    orders, sizes, start = [], [], 0
+    for part, box in tile_parts(grid, tile):
+        axes = [torch.arange(n) // t for n, t in zip(part.shape, box, strict=True)]
+        counts = [math.ceil(n / t) for n, t in zip(part.shape, box, strict=True)]
+        f, h, w = torch.meshgrid(*axes, indexing="ij")
+        tile_of = ((f * counts[1] + h) * counts[2] + w).flatten()
+        orders.append(tile_of.sort(stable=True).indices + start)
+        sizes.append(tile_of.bincount(minlength=math.prod(counts)))
+        start += part.num_tokens
+    return torch.cat(orders), torch.cat(sizes)

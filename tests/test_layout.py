@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.attention import MethodState
 from fastdit.attention.ordered import OrderedMethod, pattern_of
-from fastdit.layout import ORDERS, TokenLayout, axis_order, tile_order, token_order
+from fastdit.layout import ORDERS, TokenLayout, axis_order, tile_order, tile_parts, token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRIDS = [VideoGrid(1, 1, 1), VideoGrid(1, 5, 7), VideoGrid(3, 4, 6), VideoGrid(5, 9, 11), VideoGrid(4, 8, 8)]
@@ -131,13 +131,31 @@ def test_axis_orders(axes):
     assert (torch.stack([slow, middle, fast], 1).tolist()) == sorted(torch.stack([slow, middle, fast], 1).tolist())
 
 
-def test_tile_order_keeps_tiles_together():
-    grid = VideoGrid(3, 5, 7)
-    order, sizes = tile_order(grid, (2, 2, 4))
-    assert sizes.tolist() == [16, 12, 16, 12, 8, 6, 8, 6, 8, 6, 4, 3]
-    coordinates = torch.stack([order // 35 // 2, order % 35 // 7 // 2, order % 7 // 4], 1)
-    for tile in coordinates.split(sizes.tolist()):
-        assert (tile == tile[0]).all()
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("tile", [(1, 2, 4), (2, 2, 4), (4, 3, 2), (3, 2, 2)], ids=str)
+def test_tile_order_keeps_tiles_together(grid, tile):
+    order, sizes = tile_order(grid, tile)
+    expected = []
+    for part, box in tile_parts(grid, tile):
+        first = 0 if part.frames == grid.frames else (part.frames > 1 or box[0] > 1)
+        for corner in itertools.product(*(range(0, n, t) for n, t in zip(part.shape, box, strict=True))):
+            ranges = [range(c, min(c + t, n)) for c, t, n in zip(corner, box, part.shape, strict=True)]
+            expected.append(
+                [((f + first) * grid.height + h) * grid.width + w for f, h, w in itertools.product(*ranges)]
+            )
+    assert [tile.tolist() for tile in order.split(sizes.tolist())] == expected
+
+
+def test_the_first_frame_has_tiles_of_its_own():
+    """Tiles of several frames divide the frames after the first one, as causal video autoencoders make them."""
+    assert tile_parts(VideoGrid(5, 16, 16), (4, 4, 4)) == [
+        (VideoGrid(1, 16, 16), (1, 8, 8)),
+        (VideoGrid(4, 16, 16), (4, 4, 4)),
+    ]
+    assert tile_order(VideoGrid(5, 16, 16), (4, 4, 4))[1].tolist() == [64] * 20
+    assert [box for _, box in tile_parts(VideoGrid(3, 8, 8), (2, 3, 5))] == [(1, 3, 10), (2, 3, 5)]
+    assert tile_parts(VideoGrid(1, 8, 8), (4, 2, 2)) == [(VideoGrid(1, 8, 8), (1, 4, 4))]
+    assert tile_parts(VideoGrid(5, 8, 8), (1, 4, 4)) == [(VideoGrid(5, 8, 8), (1, 4, 4))]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +196,8 @@ def test_names_of_orders():
     assert torch.equal(token_order(grid, "raster"), torch.arange(24))
     assert token_order(grid, "token")[:4].tolist() == [0, 12, 1, 13]
     assert torch.equal(token_order(grid, "wfh"), axis_order(grid, "wfh"))
-    assert token_order(grid, "tile", (2, 2, 2))[:8].tolist() == [0, 1, 4, 5, 12, 13, 16, 17]
+    assert token_order(grid, "tile", (2, 2, 2))[:6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert token_order(VideoGrid(3, 3, 4), "tile", (2, 2, 2))[12:20].tolist() == [12, 13, 16, 17, 24, 25, 28, 29]
     with pytest.raises(ValueError, match="unknown order 'hilbert'; orders are: tile, curve, raster, token, fhw"):
         token_order(grid, "hilbert")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...mask import BlockMask
-from .cpu_plan import Group, Plan, head_plans
+from .cpu_plan import Plan, head_plans
 from .means import block_means, dropped_blocks, log_sizes
 from .options import Options
 
@@ -30,29 +30,34 @@ class _Chunk:
     Args:
         rows: Which query blocks, as a slice of the plan's order.
         lists: ``(R, count)`` int64 key blocks.
-        group: Where they come from.
-        bias: ``(R, 1, 1, keys)`` in the dtype of the queries, or ``None``.
+        keys: How many of the listed keys are used, the first ones.
+        first: The first key block where there is one list of consecutive blocks, which need no gathering.
+        bias: ``(R, 1, 1, keys)`` fp32 or fp64, or ``None``.
+        listed: Whether every row has keys, beside those that stand in.
     """
 
     rows: slice
     lists: Tensor
-    group: Group
+    keys: int
+    first: int | None
     bias: Tensor | None
+    listed: bool
 
 
 @dataclass(frozen=True, eq=False)
-class _Means:
-    """What stands in for the blocks that one head leaves out.
+class _Blocks:
+    """The keys and values of one head; what stands in for blocks left out comes in blocks of its own after them.
 
     Args:
-        keys: ``(Nk, D)`` fp32 or fp64.
-        values: ``(Nk, D)``, likewise.
-        bias: ``(Nq, Nk)``, likewise, rows in the plan's order: log of a block's size, -inf where it is not left out.
+        keys: ``(Nk + M, block_k, D)``.
+        values: ``(Nk + M, block_k, D)``.
+        stand_ins: ``(Nq, M * block_k)`` fp32 or fp64, what is added to the logits of the last M blocks, rows in the
+            plan's order: log of a block's size, -inf where it is not left out; ``None`` if there are no such blocks.
     """
 
     keys: Tensor
     values: Tensor
-    bias: Tensor
+    stand_ins: Tensor | None
 
 
 def available() -> str | None:
@@ -104,8 +109,8 @@ class _BlockSparse(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for b, h, plan in _heads(q, mask):
-            stand_ins = _means(means, mask, plan, b, h)
-            out[b, h], lse[b, h] = _head_forward(q[b, h], k[b, h], v[b, h], stand_ins, plan, mask, scale)
+            blocks = _head_blocks([k, v, *means], mask, plan, b, h)
+            out[b, h], lse[b, h] = _head_forward(q[b, h], blocks, plan, mask, scale)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.mask, ctx.scale = mask, scale
         ctx.mark_non_differentiable(lse)
@@ -117,10 +122,14 @@ class _BlockSparse(torch.autograd.Function):
         q, k, v, *means = tensors
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
         for b, h, plan in _heads(q, ctx.mask):
-            stand_ins = _means(means, ctx.mask, plan, b, h)
-            head = [x[b, h] for x in (q, k, v, out, lse, grads[0])]
-            for part, grad in zip(parts, _head_backward(head, stand_ins, plan, ctx.mask, ctx.scale), strict=True):
-                part[b, h] = grad
+            blocks = _head_blocks([k, v, *means], ctx.mask, plan, b, h)
+            head = [x[b, h] for x in (q, out, lse, grads[0])]
+            dq, *of_blocks = _head_backward(head, blocks, plan, ctx.mask, ctx.scale)
+            parts[0][b, h] = dq
+            for i, grad in enumerate(of_blocks):
+                parts[1 + i][b, h] = grad[: ctx.mask.num_k].flatten(0, 1)[: k.shape[2]]
+                if means:
+                    parts[3 + i][b, h] = grad[ctx.mask.num_k :].flatten(0, 1)[: ctx.mask.num_k]
         return None, None, *parts
 
 
@@ -132,75 +141,58 @@ def _heads(q: Tensor, mask: BlockMask) -> Iterator[tuple[int, int, Plan]]:
             yield b, h, row[h if len(row) > 1 else 0]
 
 
-def _means(means: list[Tensor], mask: BlockMask, plan: Plan, b: int, h: int) -> _Means | None:
-    if not means:
-        return None
-    keys, values = means
-    dropped, sizes = (
-        x.expand(*keys.shape[:2], *x.shape[2:])[b, h] for x in (dropped_blocks(mask), log_sizes(mask, keys.dtype))
-    )
-    return _Means(keys[b, h], values[b, h], torch.where(dropped[plan.order], sizes, -torch.inf))
+def _head_blocks(tensors: list[Tensor], mask: BlockMask, plan: Plan, b: int, h: int) -> _Blocks:
+    keys, values = (_blocks(x[b, h], mask.block_k) for x in tensors[:2])
+    if len(tensors) == 2:
+        return _Blocks(keys, values, None)
+    # In bf16 the log of a size would be off by 1 %.
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    more_keys, more_values = (_blocks(x[b, h].to(keys.dtype), mask.block_k) for x in tensors[2:])
+    shape = torch.broadcast_shapes(mask.indices.shape[:2], mask.lengths_k.shape[:2])
+    head = (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0)
+    dropped, sizes = (x.expand(*shape, *x.shape[2:])[head] for x in (dropped_blocks(mask), log_sizes(mask, dtype)))
+    bias = torch.where(dropped[plan.order], sizes, -torch.inf)
+    bias = pad(bias, (0, len(more_keys) * mask.block_k - mask.num_k), value=-torch.inf)
+    return _Blocks(torch.cat([keys, more_keys]), torch.cat([values, more_values]), bias)
 
 
-def _head_forward(
-    q: Tensor, k: Tensor, v: Tensor, means: _Means | None, plan: Plan, mask: BlockMask, scale: float
-) -> tuple[Tensor, Tensor]:
+def _head_forward(q: Tensor, blocks: _Blocks, plan: Plan, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     dim = q.shape[1]
     queries = _blocks(q, mask.block_q).index_select(0, plan.order)
-    keys, values = _blocks(k, mask.block_k), _blocks(v, mask.block_k)
     lse = torch.full_like(queries[..., 0], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    out = torch.zeros_like(queries, dtype=q.dtype if means is None else lse.dtype)
-    if means is not None:
-        _add_means(queries, means, out, lse, scale)
-    workspace = q.new_empty(2, _workspace(plan, keys))
-    for chunk in _chunks(plan, keys):
+    out = torch.zeros_like(queries)
+    workspace = q.new_empty(2, _workspace(plan, blocks))
+    for chunk in _chunks(plan, blocks):
         part_out, part_lse = _attention(
             queries[chunk.rows].view(len(chunk.lists), 1, -1, dim),
-            _gather(keys, chunk, workspace[0]),
-            _gather(values, chunk, workspace[1]),
+            _gather(blocks.keys, chunk, workspace[0]),
+            _gather(blocks.values, chunk, workspace[1]),
             attn_mask=chunk.bias,
             scale=scale,
         )
-        part_out, part_lse = part_out.view(-1, mask.block_q, dim), part_lse.reshape(-1, mask.block_q)
-        if means is not None:
-            part_out, part_lse = _merge(out[chunk.rows], lse[chunk.rows], part_out, part_lse)
-        out[chunk.rows], lse[chunk.rows] = part_out, part_lse
+        if chunk.bias is not None and not chunk.listed:
+            # A row without keys comes back with 0 for its log-sum-exp.
+            part_lse = part_lse.view(len(chunk.lists), -1).where((chunk.bias > -torch.inf).any(-1)[:, 0], -torch.inf)
+        out[chunk.rows], lse[chunk.rows] = part_out.view(-1, mask.block_q, dim), part_lse.reshape(-1, mask.block_q)
     return _restore(out, plan, len(q)), _restore(lse, plan, len(q))
 
 
-def _add_means(queries: Tensor, means: _Means, out: Tensor, lse: Tensor, scale: float) -> None:
-    # In fp32 even for bf16: the log of a size in bf16 would be off by 1 %, and this part is the small one.
-    for rows, keys, values, bias in _mean_chunks(means):
-        part_out, part_lse = _attention(queries[rows, None].to(keys.dtype), keys, values, attn_mask=bias, scale=scale)
-        # A row without stand-ins comes back with 0 for its log-sum-exp.
-        some = (bias > -torch.inf).any(-1)[:, 0]
-        out[rows] = part_out[:, 0]
-        lse[rows] = part_lse.view(lse[rows].shape).where(some, -torch.inf)
-
-
-def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(lse, part_lse)
-    return out * (lse - total).exp()[..., None] + part_out * (part_lse - total).exp()[..., None], total
-
-
-def _head_backward(
-    tensors: list[Tensor], means: _Means | None, plan: Plan, mask: BlockMask, scale: float
-) -> list[Tensor]:
-    # Each part of a softmax has the right gradient when its backward is given output and log-sum-exp of the whole.
-    q, k, v, out, lse, grad = tensors
+def _head_backward(tensors: list[Tensor], blocks: _Blocks, plan: Plan, mask: BlockMask, scale: float) -> list[Tensor]:
+    q, out, lse, grad = tensors
     dim = q.shape[1]
     queries, outs, grads = (_blocks(x, mask.block_q).index_select(0, plan.order) for x in (q, out, grad))
     lses = _blocks(lse[:, None], mask.block_q).index_select(0, plan.order)
-    keys, values = _blocks(k, mask.block_k), _blocks(v, mask.block_k)
-    dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (queries, keys, values))
-    workspace = q.new_empty(2, _workspace(plan, keys))
-    for chunk in _chunks(plan, keys):
+    # A row that attends to nothing at all must come out as 0, not as -inf minus -inf.
+    lses = lses.where(lses > -torch.inf, 0)
+    dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (queries, blocks.keys, blocks.values))
+    workspace = q.new_empty(2, _workspace(plan, blocks))
+    for chunk in _chunks(plan, blocks):
         lists = len(chunk.lists)
         part_q, part_k, part_v = _attention_backward(
             grads[chunk.rows].view(lists, 1, -1, dim),
             queries[chunk.rows].view(lists, 1, -1, dim),
-            _gather(keys, chunk, workspace[0]),
-            _gather(values, chunk, workspace[1]),
+            _gather(blocks.keys, chunk, workspace[0]),
+            _gather(blocks.values, chunk, workspace[1]),
             outs[chunk.rows].view(lists, 1, -1, dim),
             lses[chunk.rows].view(lists, 1, -1),
             0.0,
@@ -214,33 +206,7 @@ def _head_backward(
             total.index_add_(
                 0, chunk.lists.flatten(), pad(part, (0, 0, 0, tail)).view(-1, mask.block_k, dim).to(total.dtype)
             )
-    of_means = [] if means is None else _means_backward(queries, grads, outs, lses[..., 0], means, dq, scale)
-    return [_restore(dq, plan, len(q)), dk.flatten(0, 1)[: len(k)], dv.flatten(0, 1)[: len(v)], *of_means]
-
-
-def _means_backward(
-    queries: Tensor, grads: Tensor, outs: Tensor, lses: Tensor, means: _Means, dq: Tensor, scale: float
-) -> list[Tensor]:
-    totals = [torch.zeros_like(means.keys), torch.zeros_like(means.values)]
-    # A row that attends to nothing at all must come out as 0, not as -inf minus -inf.
-    lses = lses.where(lses > -torch.inf, 0)
-    for rows, keys, values, bias in _mean_chunks(means):
-        grad, query, out = (x[rows, None].to(keys.dtype) for x in (grads, queries, outs))
-        part_q, *parts = _attention_backward(
-            grad, query, keys, values, out, lses[rows, None], 0.0, False, attn_mask=bias, scale=scale
-        )
-        dq[rows] += part_q[:, 0]
-        for total, part in zip(totals, parts, strict=True):
-            total += part.sum(0)[0]
-    return totals
-
-
-def _mean_chunks(means: _Means) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    step = _step(means.keys)
-    for start in range(0, len(means.bias), step):
-        bias = means.bias[start : start + step, None, None]
-        keys, values = (x.expand(len(bias), 1, -1, -1) for x in (means.keys, means.values))
-        yield slice(start, start + step), keys, values, bias
+    return [_restore(dq, plan, len(q)), dk, dv]
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -251,17 +217,28 @@ def _restore(x: Tensor, plan: Plan, tokens: int) -> Tensor:
     return x.index_select(0, plan.inverse).flatten(0, 1)[:tokens]
 
 
-def _chunks(plan: Plan, keys: Tensor) -> Iterator[_Chunk]:
+def _chunks(plan: Plan, blocks: _Blocks) -> Iterator[_Chunk]:
+    block = blocks.keys.shape[1]
     for group in plan.groups:
-        lists, count = group.lists.shape
-        if count == 0:
+        lists, first, keys = group.lists, group.first, group.keys
+        rows = slice(group.start, group.start + len(lists) * group.shared)
+        added = None if group.bias is None else group.bias.to(torch.promote_types(blocks.keys.dtype, torch.float32))
+        if blocks.stand_ins is not None:
+            stand_ins = blocks.stand_ins[rows][:: group.shared, None, None]
+            if bool((stand_ins > -torch.inf).any()):
+                more = stand_ins.shape[-1] // block
+                ids = torch.arange(len(blocks.keys) - more, len(blocks.keys))
+                lists, first = torch.cat([ids.expand(len(lists), -1), lists], 1), None
+                added = stand_ins.new_zeros(len(lists), 1, 1, keys) if added is None else added
+                added, keys = torch.cat([stand_ins, added], -1), keys + more * block
+        if keys == 0:
             continue
-        step = _step(keys[:count])
-        for i in range(0, lists, step):
-            part = group.lists[i : i + step]
+        step = _step(blocks.keys[: lists.shape[1]])
+        for i in range(0, len(lists), step):
+            part = lists[i : i + step]
             start = group.start + i * group.shared
-            bias = None if group.bias is None else group.bias[i : i + step].to(keys.dtype)
-            yield _Chunk(slice(start, start + len(part) * group.shared), part, group, bias)
+            bias = None if added is None else added[i : i + step]
+            yield _Chunk(slice(start, start + len(part) * group.shared), part, keys, first, bias, group.keys > 0)
 
 
 def _step(keys: Tensor) -> int:
@@ -269,21 +246,18 @@ def _step(keys: Tensor) -> int:
     return max(1, budget // (2 * keys.nbytes))
 
 
-def _workspace(plan: Plan, keys: Tensor) -> int:
-    sizes = [
-        g.lists.shape[1] * min(len(g.lists), _step(keys[: max(1, g.lists.shape[1])]))
-        for g in plan.groups
-        if g.first is None
-    ]
-    return max(sizes, default=0) * keys[0].numel()
+def _workspace(plan: Plan, blocks: _Blocks) -> int:
+    block, dim = blocks.keys.shape[1:]
+    more = 0 if blocks.stand_ins is None else blocks.stand_ins.shape[-1] // block
+    counts = [(len(group.lists), group.lists.shape[1] + more) for group in plan.groups if more or group.first is None]
+    return max((min(lists, _step(blocks.keys[: max(1, n)])) * n for lists, n in counts), default=0) * block * dim
 
 
 def _gather(blocks: Tensor, chunk: _Chunk, workspace: Tensor) -> Tensor:
     lists, count = chunk.lists.shape
     block, dim = blocks.shape[1:]
-    first = chunk.group.first
-    if first is not None:
-        return blocks[first : first + count].view(1, 1, -1, dim)[:, :, : chunk.group.keys]
+    if chunk.first is not None:
+        return blocks[chunk.first : chunk.first + count].view(1, 1, -1, dim)[:, :, : chunk.keys]
     parts = 1
     while block * dim // parts > _SLICE and block % (2 * parts) == 0:
         parts *= 2
@@ -292,4 +266,4 @@ def _gather(blocks: Tensor, chunk: _Chunk, workspace: Tensor) -> Tensor:
         index = (index[:, None] * parts + torch.arange(parts)).flatten()
     gathered = workspace[: lists * count * block * dim].view(len(index), -1)
     torch.index_select(blocks.view(-1, gathered.shape[1]), 0, index, out=gathered)
-    return gathered.view(lists, 1, -1, dim)[:, :, : chunk.group.keys]
+    return gathered.view(lists, 1, -1, dim)[:, :, : chunk.keys]
