@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .compare import compare
 from .errors import INTERRUPTED, fail
 from .generate import generate
@@ -19,7 +20,7 @@ from .search import search
 
 app = typer.Typer(
     name="fastdit",
-    help="Sparse attention for video diffusion transformers: make videos, search for plans, see what can run here.",
+    help="Sparse attention for video diffusion transformers: make videos, search plans, measure, see what runs here.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -28,6 +29,7 @@ app.command()(compare)
 app.command()(search)
 app.command()(inspect)
 app.command()(info)
+app.add_typer(bench)
 
 
 def _show_version(asked: bool) -> None:

@@ -6,12 +6,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InputError
 from .video import check_folder, check_target
 
 LONGEST_NAME = 60
+
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Team:
             return None
         return "cpu" if self._state.device.type == "cpu" else str(self._state.device)
 
-    def share(self, jobs: list[Job]) -> list[Job]:
+    def share(self, jobs: list[Work]) -> list[Work]:
         """Return the jobs of this process.
 
         Args:

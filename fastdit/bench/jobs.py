@@ -1,0 +1,76 @@
+"""Work in pieces: what is done already is left out, what is done is kept, what is wrong is not written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .rows import Row, Store
+
+
+@dataclass
+class Outcome:
+    """Collect what a job found.
+
+    Args:
+        rows: Measurements by part.
+        absent: Parts that cannot run here, with the reason.
+        faults: Parts whose result was wrong, with what was wrong; they get no row.
+    """
+
+    rows: dict[str, Row] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Measure several things beside each other.
+
+    Args:
+        benchmark: Which benchmark it belongs to.
+        name: What tells it from others of the benchmark.
+        parts: What it measures; there is a row for each.
+        run: Measures at least the parts that are asked for. It may call the function it is given after each step.
+        seconds: How long it will take, an estimate; ``None`` if there is no telling.
+        about: What all of its rows say.
+        steps: How many steps it has, at least 1.
+    """
+
+    benchmark: str
+    name: str
+    parts: tuple[str, ...]
+    run: Callable[[Collection[str], Callable[[], None]], Outcome]
+    seconds: float | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1
+
+    def missing(self, rows: Sequence[Row]) -> list[str]:
+        """Return the parts that rows do not have.
+
+        Args:
+            rows: Rows of earlier runs.
+        """
+        done = {row["part"] for row in rows if (row["benchmark"], row["job"]) == (self.benchmark, self.name)}
+        return [part for part in self.parts if part not in done]
+
+
+def run_job(job: Job, store: Store, run: dict[str, Any], advance: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """Do what is missing of a job and write its rows; return what was wrong, by part.
+
+    Args:
+        job: The job.
+        store: Where rows are.
+        run: What rows say of the run.
+        advance: Called after each step.
+    """
+    todo = job.missing(store.read())
+    if not todo:
+        return {}
+    outcome = job.run(todo, advance)
+    head = {"benchmark": job.benchmark, "job": job.name}
+    found = {**outcome.rows, **{part: {"absent": reason} for part, reason in outcome.absent.items()}}
+    rows = [{**head, "part": p, **job.about, **found[p], "run": run} for p in job.parts if p in todo and p in found]
+    store.add(rows)
+    return {f"{job.name}, {part}": fault for part, fault in outcome.faults.items() if part in todo}

@@ -1,0 +1,156 @@
+"""How near methods come to dense attention at equal density, on calls made up or captured from a pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import AttentionMethod, BlockMethod, MethodState
+from ..metrics import relative_l2
+from ..search.scoring import head_density, known_pattern, sampled_recall
+from .jobs import Job, Outcome
+from .rows import Row
+from .settings import NotAdjustable, Setting
+from .synthetic import Sample
+
+Samples = Callable[[], Sequence[Sample]]
+"""Makes calls when they are first needed; all of one source."""
+
+
+def method_jobs(
+    source: str,
+    measured: Samples,
+    calibration: Samples,
+    settings: Sequence[Setting],
+    *,
+    densities: Sequence[float],
+    about: dict[str, Any],
+    seconds: float | None = None,
+) -> list[Job]:
+    """Make a job for each density: every setting on every call of a source.
+
+    Args:
+        source: What the calls are, in a word or two.
+        measured: The calls that errors are measured on.
+        calibration: Other calls of the same kind, from which densities are matched and plans calibrated.
+        settings: The settings.
+        densities: Fractions of the pairs, each in (0, 1].
+        about: What rows say of the source.
+        seconds: Estimate of one setting at density 1; ``None``: no estimate.
+    """
+    shared = cache(lambda: (measured(), calibration()))
+    parts = {setting.name: setting for setting in settings}
+    return [
+        Job(
+            "methods",
+            f"{source} @{density:g}",
+            tuple(parts),
+            partial(_measure, shared, parts, density),
+            None if seconds is None else seconds * len(parts) * (1 + density),
+            {"source": source, "asked": density, **about},
+            len(parts),
+        )
+        for density in densities
+    ]
+
+
+@torch.no_grad()
+def _measure(
+    shared: Callable[[], tuple[Sequence[Sample], Sequence[Sample]]],
+    parts: dict[str, Setting],
+    density: float,
+    todo: Collection[str],
+    advance: Callable[[], None],
+) -> Outcome:
+    outcome = Outcome()
+    measured, calibration = shared()
+    for part in todo:
+        setting = parts[part]
+        try:
+            method = setting.at(density, calibration)
+        except NotAdjustable as error:
+            outcome.absent[part] = str(error)
+            continue
+        found = [measure_call(method, sample) for sample in measured]
+        wrong = [each["fault"] for each in found if "fault" in each]
+        if wrong:
+            outcome.faults[part] = wrong[0]
+        else:
+            outcome.rows[part] = {"setting": _describe(setting, method), **_mean(found, measured)}
+        advance()
+    return outcome
+
+
+def measure_call(method: AttentionMethod, sample: Sample) -> Row:
+    """Compare a method with dense attention on one call.
+
+    Args:
+        method: The method.
+        sample: The call.
+
+    Returns:
+        ``density``, ``recall`` (``None`` where the output is not that of a pattern) and ``error``, the relative L2
+        error of the output, all means over heads; ``heads``: the errors of each; seconds of the call, and of them
+        those for the order of tokens; and of one choice of blocks. ``fault`` instead, if an output is no number.
+    """
+    q, k, v, call = sample.q, sample.k, sample.v, sample.call
+    spent: dict[str, float] = {"choice": 0.0, "order": 0.0}
+
+    def clocked(part: str, device: torch.device, run: Callable[[], Any]) -> Any:
+        begin = _now(device)
+        out = run()
+        spent[part] = spent.get(part, 0.0) + _now(device) - begin
+        return out
+
+    state = MethodState(measure=clocked)
+    dense = F.scaled_dot_product_attention(q, k, v, scale=call.scale)
+    begin = _now(q.device)
+    out = method.forward(q, k, v, call, state)
+    seconds = _now(q.device) - begin - spent["choice"]
+    if not method.static and type(method).forward is not BlockMethod.forward:
+        # its first call may be a dense one, from which it learns what later ones leave out
+        state.refresh, chosen = False, spent["choice"]
+        begin = _now(q.device)
+        out = method.forward(q, k, v, call, state)
+        seconds = _now(q.device) - begin - (spent["choice"] - chosen)
+    if out.shape != q.shape or not torch.isfinite(out).all():
+        return {"fault": f"{sample.name}: the output has values that are no numbers, or the wrong shape"}
+    pattern = known_pattern(method, q, k, call, state)
+    heads = [float(relative_l2(out[:, h], dense[:, h])) for h in range(q.shape[1])]
+    return {
+        "density": float(head_density(pattern, call, state, q.shape[1]).mean()),
+        "recall": None if pattern is None else float(sampled_recall(q, k, pattern, call).mean()),
+        "error": sum(heads) / len(heads),
+        "heads": heads,
+        "call_seconds": seconds,
+        "choice_seconds": spent["choice"],
+        "order_seconds": spent["order"],
+    }
+
+
+def _mean(found: Sequence[Row], samples: Sequence[Sample]) -> Row:
+    out: Row = {"calls": len(found)}
+    for name in ("density", "recall", "error", "call_seconds", "choice_seconds", "order_seconds"):
+        values = [each[name] for each in found]
+        out[name] = None if None in values else sum(values) / len(values)
+    out["choice"] = out["choice_seconds"] / out["call_seconds"]
+    heads = Tensor([each["heads"] for each in found]).mean(0).tolist()
+    kinds = samples[0].kinds or tuple(f"head {i}" for i in range(len(heads)))
+    out["heads"] = dict(zip(kinds, heads, strict=True))
+    return out
+
+
+def _describe(setting: Setting, method: AttentionMethod) -> Row:
+    return {"name": setting.name, "method": method.name, "fields": method.describe()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

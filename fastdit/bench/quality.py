@@ -1,0 +1,198 @@
+"""What sparse attention does to videos: each setting beside dense of the same prompt and seed, at equal density."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
+from ..schedule import Schedule
+from .capture import capture, middle_layer
+from .clips import compare_clips, strip
+from .jobs import Job, Outcome
+from .rows import Row
+from .settings import Setting, setting_at
+from .synthetic import Sample
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Studio:
+    """Make videos with a pipeline.
+
+    Args:
+        pipeline: The pipeline.
+        make: Makes the video of a prompt and a seed: ``(F, H, W, 3)`` in [0, 1].
+        steps: Denoising steps.
+        calibration: A prompt that is not compared.
+        folder: Where videos go; ``None`` keeps none.
+        write: Writes frames to a file of videos.
+        judge: Scores a video of a prompt beyond its likeness to dense, as the demo can; ``None`` if nobody can.
+    """
+
+    pipeline: Any
+    make: Callable[[str, int], np.ndarray]
+    steps: int
+    calibration: str
+    folder: Path | None = None
+    write: Callable[[np.ndarray, Path], None] = lambda frames, path: None
+    judge: Callable[[np.ndarray, str], float] | None = None
+
+    def samples(self, every_layer: bool) -> list[Sample]:
+        """Keep calls of the calibration prompt, at a step in each half of the run.
+
+        Args:
+            every_layer: Whether those of all layers are kept, or of one in the middle.
+        """
+        layers = None if every_layer else (middle_layer(self.pipeline.transformer),)
+        return capture(self.pipeline, lambda: self.make(self.calibration, 100), self.calibration_steps, layers)
+
+    @property
+    def calibration_steps(self) -> tuple[int, ...]:
+        """Return the indices of the steps that are kept."""
+        return tuple(sorted({int(0.4 * self.steps), int(0.8 * self.steps)}))
+
+
+def quality_jobs(
+    studio: Callable[[], Studio],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Sequence[Setting],
+    *,
+    densities: Sequence[float],
+    model: str,
+    about: dict[str, Any],
+    schedule: Schedule | None = None,
+    seconds: float | None = None,
+) -> list[Job]:
+    """Make a job for each prompt and seed: the dense video, then each setting at each density.
+
+    Args:
+        studio: Loads the pipeline, when it is first needed.
+        prompts: The prompts.
+        seeds: Of the noise.
+        settings: The settings.
+        densities: Fractions of the pairs of sparse calls, each in (0, 1].
+        model: Name of the model.
+        about: What rows say of model and size.
+        schedule: Which steps stay dense; default: each setting's own.
+        seconds: Estimate of one dense video; ``None``: no estimate.
+    """
+    shared = cache(studio)
+    calibration = cache(lambda every_layer: shared().samples(every_layer))
+    by_name = {setting.name: setting for setting in settings}
+    parts = {f"{name}@{density:g}": (name, density) for density in densities for name in by_name}
+
+    @cache
+    def find(part: str) -> tuple[Setting, float, Any]:
+        name, density = parts[part]
+        return by_name[name], density, setting_at(by_name[name], density, calibration)
+
+    return [
+        Job(
+            "quality",
+            f"{model} | {prompt} | {seed}",
+            tuple(parts),
+            partial(_measure, shared, find, schedule, prompt, seed),
+            None if seconds is None else seconds * (1 + len(parts)),
+            {"model": model, "prompt": prompt, "clip_seed": seed, **about},
+            1 + len(parts),
+        )
+        for prompt in prompts
+        for seed in seeds
+    ]
+
+
+def _measure(
+    shared: Callable[[], Studio],
+    find: Callable[[str], tuple[Setting, float, Any]],
+    schedule: Schedule | None,
+    prompt: str,
+    seed: int,
+    todo: Collection[str],
+    advance: Callable[[], None],
+) -> Outcome:
+    outcome, studio = Outcome(), shared()
+    found = {part: find(part) for part in todo}
+    dense, dense_seconds, _ = _video(studio, prompt, seed, None, Schedule())
+    keep(studio, DENSE, prompt, seed, dense)
+    advance()
+    for part, (setting, asked, method) in found.items():
+        if isinstance(method, str):
+            outcome.absent[part] = method
+            continue
+        clip, seconds, handle = _video(studio, prompt, seed, method, schedule or setting.schedule)
+        advance()
+        if not np.isfinite(clip).all():
+            outcome.faults[part] = "the video has values that are no numbers"
+            continue
+        files = keep(studio, part, prompt, seed, clip, dense)
+        outcome.rows[part] = {
+            "setting": {"name": setting.name, "method": setting.method, "fields": method.describe()},
+            "asked": asked,
+            "density": handle.density,
+            "overall_density": handle.overall_density,
+            **compare_clips(clip, dense),
+            "accuracy": None if studio.judge is None else studio.judge(clip, prompt),
+            "dense_accuracy": None if studio.judge is None else studio.judge(dense, prompt),
+            "seconds": seconds,
+            "dense_seconds": dense_seconds,
+            "speedup": dense_seconds / seconds,
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            **files,
+        }
+    return outcome
+
+
+def _video(
+    studio: Studio, prompt: str, seed: int, method: Any, schedule: Schedule
+) -> tuple[np.ndarray, float, SparseAttention]:
+    handle = enable_sparse_attention(studio.pipeline, DENSE if method is None else method, schedule=schedule)
+    try:
+        begin = time.perf_counter()
+        clip = studio.make(prompt, seed)
+        return clip, time.perf_counter() - begin, handle
+    finally:
+        disable_sparse_attention(studio.pipeline)
+
+
+def keep(studio: Studio, name: str, prompt: str, seed: int, clip: np.ndarray, dense: np.ndarray | None = None) -> Row:
+    """Write a video, one with dense beside it, and a picture of both; return where they are.
+
+    Each setting has a folder of its own, and files are named after prompt and seed, as tools such as VBench expect.
+
+    Args:
+        studio: Where to.
+        name: Of the setting.
+        prompt: What it shows.
+        seed: Of the noise.
+        clip: ``(F, H, W, 3)`` in [0, 1].
+        dense: ``(F, H, W, 3)`` in [0, 1]; ``None`` if this is the dense one.
+    """
+    if studio.folder is None:
+        return {}
+    title = re.sub(r"[^\w ,.-]", "_", prompt)[:120]
+    folder = studio.folder / re.sub(r"[^\w@.+-]", "_", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    video = folder / f"{title}-{seed}.mp4"
+    studio.write(clip, video)
+    if dense is None:
+        return {"video": str(video)}
+    import imageio.v3 as iio
+
+    beside = studio.folder / "side-by-side" / folder.name
+    beside.mkdir(parents=True, exist_ok=True)
+    pair, picture = beside / video.name, beside / f"{title}-{seed}.jpg"
+    bar = np.ones((*clip.shape[:2], 8, 3), dtype=clip.dtype)
+    studio.write(np.concatenate([dense, bar, clip], axis=2), pair)
+    iio.imwrite(picture, strip(dense, clip))
+    return {"video": str(video), "side_by_side": str(pair), "strip": str(picture)}

@@ -1,0 +1,155 @@
+"""Results: one JSON line for each measurement, with all that is needed to make it again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+PACKAGES = ("fastdit", "torch", "triton", "diffusers", "transformers", "xformers")
+
+
+def environment(device: str, seed: int) -> dict[str, Any]:
+    """Return what every row of a run says of it.
+
+    Args:
+        device: Where it runs, as torch names it.
+        seed: Of all that is random in it.
+    """
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": name,
+        "threads": None if device.startswith("cuda") else torch.get_num_threads(),
+        "seed": seed,
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+
+
+@dataclass(frozen=True)
+class Store:
+    """Keep rows in a file of JSON lines.
+
+    Args:
+        path: The file.
+    """
+
+    path: Path
+
+    def read(self) -> list[Row]:
+        """Return the rows; a last line that was cut off is none.
+
+        Raises:
+            ValueError: A line is no row.
+        """
+        return read_rows(self.path) if self.path.exists() else []
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows, in one write, so that processes may share a file.
+
+        Args:
+            rows: The rows.
+        """
+        text = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        if not text:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            if file.tell() and not _ends_whole(self.path):
+                text = "\n" + text
+            file.write(text.encode())
+            os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a file of rows.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: A line is no row. A line that was cut off counts as none.
+        OSError: The file cannot be read.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a run that was stopped while it wrote; what was lost is measured again
+        if not isinstance(row, dict) or not {"benchmark", "job", "part"} <= set(row):
+            raise ValueError(f"{path}, line {number}: this is no result of fastdit bench")
+        rows.append(row)
+    return rows
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return what a row measures, the same in every run.
+
+    Args:
+        row: The row.
+    """
+    return row["benchmark"], row["job"], row["part"]
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Return one row for each measurement, the last, in the order in which they first came.
+
+    Args:
+        rows: The rows.
+    """
+    return list({key(row): row for row in rows}.values())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "inf" if value > 0 else None
+    return value
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        head, changed = (
+            subprocess.run(["git", "-C", str(folder), *c], capture_output=True, text=True, check=True).stdout.strip()
+            for c in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+changes" if changed else head

@@ -1,0 +1,232 @@
+"""The jobs of each benchmark, from what the user asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..bench.capture import capture, middle_layer
+from ..bench.contenders import Contender, contenders
+from ..bench.e2e import e2e_jobs
+from ..bench.jobs import Job
+from ..bench.kernels import kernel_jobs
+from ..bench.methods import method_jobs
+from ..bench.problems import Problem, find_problems
+from ..bench.quality import quality_jobs
+from ..bench.random_models import MODELS, model_of, random_subject
+from ..bench.settings import Setting
+from ..bench.synthetic import KINDS, Sample, synthetic
+from ..demo.captions import HELD_OUT_CAPTIONS
+from ..schedule import Schedule
+from .bench_model import REST, Model, open_studio, open_subject, throughput
+from .bench_session import Session
+from .errors import InputError, as_input_error
+from .models import choose_dtype
+
+MATCHING = 4
+"""Dense calls that matching a density takes, about."""
+
+
+def build_kernels(
+    session: Session,
+    problems: Sequence[str],
+    densities: Sequence[float],
+    blocks: tuple[int, int],
+    repeats: int,
+    only: Sequence[str] | None = None,
+) -> list[Job]:
+    """Make the jobs of ``kernels``.
+
+    Args:
+        session: What was asked for.
+        problems: Names of the problems.
+        densities: Fractions of the blocks, each in (0, 1].
+        blocks: Queries and keys in a block.
+        repeats: Rounds at least.
+        only: Names of the contenders; ``None`` for all.
+
+    Raises:
+        InputError: There is no such problem or contender.
+    """
+    with as_input_error():
+        chosen = find_problems(problems)
+    return kernel_jobs(
+        chosen,
+        _contenders(only),
+        densities=densities,
+        blocks=blocks,
+        dtype=choose_dtype(session.dtype, session.device),
+        device=session.device,
+        seed=session.seed,
+        repeats=repeats,
+        throughput=throughput(session.device),
+    )
+
+
+def build_methods(
+    session: Session,
+    sources: Sequence[str],
+    settings: Sequence[Setting],
+    densities: Sequence[float],
+    model: Model | None = None,
+    prompt: str | None = None,
+) -> list[Job]:
+    """Make the jobs of ``methods``.
+
+    Args:
+        session: What was asked for.
+        sources: Problems for which calls are made up.
+        settings: The settings.
+        densities: Fractions of the pairs, each in (0, 1].
+        model: A pipeline whose calls are captured.
+        prompt: What it makes then.
+
+    Raises:
+        InputError: There is no such problem.
+    """
+    with as_input_error():
+        problems = find_problems(sources)
+    dtype, device = choose_dtype(session.dtype, session.device), session.device
+    jobs = []
+    for problem in problems:
+        how = {"head_dim": max(32, problem.head_dim), "dtype": dtype, "device": device}
+        one = partial(synthetic, problem.tokens, **how)
+        seconds = len(KINDS) / problem.heads * problem.flops * MATCHING / throughput(device)
+        jobs += method_jobs(
+            f"synthetic {problem.name}",
+            lambda one=one: [one(seed=session.seed)],
+            lambda one=one: [one(seed=session.seed + 1)],
+            settings,
+            densities=densities,
+            about={"problem": problem.describe()},
+            seconds=seconds,
+        )
+    if model is not None:
+        jobs += _captured(session, model, model.prompts(None if prompt is None else [prompt], 2), settings, densities)
+    return jobs
+
+
+def _captured(
+    session: Session, model: Model, prompts: Sequence[str], settings: Sequence[Setting], densities: Sequence[float]
+) -> list[Job]:
+    studio = cache(partial(open_studio, session, model, prompts[-1], None))
+
+    def calls(prompt: str) -> list[Sample]:
+        made = studio()
+        layers = (middle_layer(made.pipeline.transformer),)
+        found = capture(made.pipeline, lambda: made.make(prompt, session.seed), made.calibration_steps, layers)
+        # a plan is for a whole model: here the model is this one layer at one step
+        alone = {"layer": 0, "num_layers": 1, "step": 0, "num_steps": 1}
+        return [replace(sample, call=replace(sample.call, **alone)) for sample in found]
+
+    seconds = model.seconds(session)
+    return method_jobs(
+        f"captured {model.name}",
+        lambda: calls(prompts[0]),
+        lambda: calls(prompts[-1]),
+        settings,
+        densities=densities,
+        about={"model": model.name, "prompt": prompts[0], **model.about()},
+        seconds=None if seconds is None else seconds / 50,
+    )
+
+
+def build_quality(
+    session: Session,
+    model: Model,
+    prompts: Sequence[str],
+    seeds: int,
+    settings: Sequence[Setting],
+    densities: Sequence[float],
+    folder: Path | None,
+    schedule: Any = None,
+) -> list[Job]:
+    """Make the jobs of ``quality``.
+
+    Args:
+        session: What was asked for.
+        model: The pipeline.
+        prompts: The prompts.
+        seeds: Seeds of each, at least 1.
+        settings: The settings.
+        densities: Fractions of the pairs of sparse calls, each in (0, 1].
+        folder: Where videos go; ``None`` keeps none.
+        schedule: Which steps stay dense; default: as the settings say.
+    """
+    calibration = HELD_OUT_CAPTIONS[-1] if model.source.place is None else prompts[0]
+    return quality_jobs(
+        partial(open_studio, session, model, calibration, folder),
+        prompts,
+        range(session.seed, session.seed + seeds),
+        settings,
+        densities=densities,
+        model=model.name,
+        about=model.about(),
+        schedule=schedule,
+        seconds=model.seconds(session),
+    )
+
+
+def build_e2e(
+    session: Session,
+    settings: Sequence[Setting],
+    densities: Sequence[float],
+    repeats: int,
+    model: Model | None,
+    problems: Sequence[str] = (),
+    prompt: str | None = None,
+    schedule: Any = None,
+    passes: int = 2,
+) -> list[Job]:
+    """Make the jobs of ``e2e``.
+
+    Args:
+        session: What was asked for.
+        settings: The settings.
+        densities: Fractions of the pairs of sparse calls, each in (0, 1].
+        repeats: Rounds after the cold one, at least 1.
+        model: A pipeline with its weights; ``None`` for none.
+        problems: Names of real configurations that get random weights.
+        prompt: What the pipeline makes.
+        schedule: Which steps stay dense; default: as the settings say, with random weights none.
+        passes: Forward passes of one run with random weights, at least 1.
+
+    Raises:
+        InputError: There is no such problem.
+    """
+    with as_input_error():
+        chosen = find_problems(problems)
+    how: dict[str, Any] = {"densities": densities, "repeats": repeats}
+    jobs = []
+    if model is not None:
+        text = model.prompts(None if prompt is None else [prompt], 1)[0]
+        load = partial(open_subject, session, model, text)
+        seconds = model.seconds(session)
+        jobs += e2e_jobs(model.name, load, settings, about=model.about(), schedule=schedule, seconds=seconds, **how)
+    for problem in chosen:
+        jobs += _random(session, problem, settings, schedule, passes, how)
+    return jobs
+
+
+def _random(
+    session: Session, problem: Problem, settings: Sequence[Setting], schedule: Any, passes: int, how: dict[str, Any]
+) -> list[Job]:
+    if model_of(problem) is None:
+        raise InputError(f"nobody knows the rest of the model of {problem.name}; there are: {', '.join(MODELS)}")
+    dtype = choose_dtype(session.dtype, session.device)
+    load = partial(random_subject, problem, dtype=dtype, device=session.device, seed=session.seed, passes=passes)
+    seconds = REST * problem.flops * problem.layers * passes / throughput(session.device)
+    about = {"problem": problem.describe()}
+    name = f"{problem.name}, random weights"
+    return e2e_jobs(name, load, settings, about=about, schedule=schedule or Schedule(), seconds=seconds, **how)
+
+
+def _contenders(only: Sequence[str] | None) -> list[Contender]:
+    known = {contender.name: contender for contender in contenders()}
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise InputError(f"unknown contender {unknown[0]!r}; there are: {', '.join(known)}")
+    return list(known.values()) if only is None else [known[name] for name in only]

@@ -1,0 +1,171 @@
+"""Options that several benchmarks take, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import InputError, as_input_error
+from .options import ATTENTION, OUTPUT
+
+if TYPE_CHECKING:
+    from ..bench.settings import Setting
+    from .bench_session import Session
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="JSON lines, one for each measurement.", rich_help_panel=OUTPUT)
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep what the file has, and measure the rest.", rich_help_panel=OUTPUT)
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(
+        help="Results of an earlier run: show what changed beyond noise.", rich_help_panel=OUTPUT, show_default=False
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would run, and about how long.", rich_help_panel=OUTPUT)
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is random.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")]
+Densities = Annotated[
+    str, typer.Option(help="Fractions of the pairs to compute, as in 0.1,0.2.", rich_help_panel=ATTENTION)
+]
+Settings = Annotated[
+    str | None,
+    typer.Option(help="Methods, as in draft-4x4x4,sla (default: all).", rich_help_panel=ATTENTION, show_default=False),
+]
+Means = Annotated[
+    bool,
+    typer.Option(
+        "--means", help="Each method also with blocks that stand in by their means.", rich_help_panel=ATTENTION
+    ),
+]
+
+
+def open_session(
+    *,
+    output: Path,
+    resume: bool,
+    against: Path | None,
+    dry_run: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> Session:
+    """Check what all benchmarks are told.
+
+    Args:
+        output: File of rows.
+        resume: Whether rows that are there are kept.
+        against: File of rows to compare with.
+        dry_run: Whether only to say what would run.
+        seed: Of everything that is random.
+        device: ``"auto"`` or a torch device.
+        dtype: One of ``DTYPES`` of the models.
+        quiet: Show nothing but errors.
+        as_json: Write results as JSON.
+        debug: Show where errors came from.
+    """
+    from .bench_session import Session
+    from .models import choose_device
+    from .prompts import Team
+    from .screen import Screen
+
+    team = Team(device)
+    device = choose_device((team.device or device) if device in ("auto", "cuda") else device)
+    screen = Screen(quiet=quiet, as_json=as_json, shown=team.is_first)
+    return Session(output, resume, against, dry_run, seed, device, dtype, screen, team, debug)
+
+
+def split(text: str) -> list[str]:
+    """Split a list at its commas.
+
+    Args:
+        text: Such as ``"draft, sla"``.
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def read_settings(names: str | None, *, means: bool) -> list[Setting]:
+    """Read settings from a list of names.
+
+    Args:
+        names: Names separated by commas; ``None`` for all.
+        means: Whether each is listed a second time with blocks that stand in by their means.
+
+    Raises:
+        InputError: There is no such setting.
+    """
+    from ..bench.settings import find_settings
+
+    with as_input_error():
+        return find_settings(None if names is None else split(names), means=means)
+
+
+def read_densities(text: str) -> list[float]:
+    """Read fractions from text.
+
+    Args:
+        text: Such as ``"0.1, 0.2"``.
+
+    Raises:
+        InputError: One is no fraction in (0, 1].
+    """
+    from ..attention.base import check_density
+
+    try:
+        values = [float(part) for part in split(text)]
+    except ValueError as error:
+        raise InputError(f"densities are numbers separated by commas, as in 0.1,0.2; got {text!r}") from error
+    with as_input_error():
+        for value in values:
+            check_density(value)
+    if not values:
+        raise InputError("there is no density; write --densities 0.1,0.2")
+    return values
+
+
+def read_blocks(text: str) -> tuple[int, int]:
+    """Read the size of blocks.
+
+    Args:
+        text: Such as ``"128x64"``.
+
+    Raises:
+        InputError: It is no such thing.
+    """
+    try:
+        queries, keys = (int(part) for part in text.split("x"))
+    except ValueError as error:
+        raise InputError(f"blocks are QUERIESxKEYS, as in 128x64; got {text!r}") from error
+    if min(queries, keys) < 1:
+        raise InputError(f"blocks hold at least one query and one key, got {text!r}")
+    return queries, keys
+
+
+def call_options(
+    height: int | None, width: int | None, frames: int | None, steps: int | None, guidance: float | None
+) -> dict[str, Any]:
+    """Return the keywords of a pipeline's call.
+
+    Args:
+        height: Pixels; ``None`` where nothing was said, like the others.
+        width: Pixels.
+        frames: Length of the video.
+        steps: Denoising steps.
+        guidance: How strongly the prompt is followed, at least 0.
+    """
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }

@@ -1,0 +1,217 @@
+"""One run of ``fastdit bench``: jobs are listed or done, rows are kept, changes and faults are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .errors import FAILED, InputError, fail
+from .prompts import Team
+from .screen import Screen, add_row, plain_table
+from .video import check_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..bench.jobs import Job
+    from ..bench.rows import Row
+
+Build = Callable[["Session"], "list[Job]"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Hold what all benchmarks are told.
+
+    Args:
+        output: File of rows.
+        resume: Whether rows that are there are kept, and not measured again.
+        against: File of rows that the new ones are compared with.
+        dry_run: Whether only to say what would run.
+        seed: Of everything that is random.
+        device: Where it runs.
+        dtype: Of weights and tensors, one of ``DTYPES`` of the models.
+        screen: Shows progress and results.
+        team: The processes that share the work.
+        debug: Whether libraries may chatter.
+    """
+
+    output: Path
+    resume: bool
+    against: Path | None
+    dry_run: bool
+    seed: int
+    device: str
+    dtype: str
+    screen: Screen
+    team: Team
+    debug: bool = False
+
+    def run(self, build: Build) -> None:
+        """Do the jobs, or say what they are.
+
+        Args:
+            build: Makes the jobs; nothing is computed by it.
+
+        Raises:
+            InputError: The file of rows is there already, or cannot be written, or the other one cannot be read.
+            Exit: A result was wrong, with code 1.
+        """
+        from ..bench.rows import Store, environment
+
+        if self.output.exists() and not self.resume and not self.dry_run:
+            raise InputError(
+                f"{self.output} is there already; go on with it by --resume, or name another with --output"
+            )
+        if not self.output.parent.exists():
+            check_folder(self.output.parent)
+        old = None if self.against is None else read(self.against)
+        store = Store(self.output)
+        with self.screen.working(), self._quiet():
+            jobs = build(self)
+            if not self.dry_run:
+                faults = self._work(jobs, store, environment(self.device, self.seed))
+        if self.dry_run:
+            rows = read(self.output) if self.output.exists() and self.resume else []
+            self.screen.result({"jobs": [_plain(job, rows) for job in jobs]}, plan_table(jobs, rows))
+            return
+        found = self.team.gather([{"faults": faults}])
+        if not self.team.is_first:
+            return
+        names = {(job.benchmark, job.name) for job in jobs}
+        rows = read(self.output) if self.output.exists() else []
+        self._show([row for row in rows if (row["benchmark"], row["job"]) in names], old)
+        faults = {name: text for each in found for name, text in each["faults"].items()}
+        if faults:
+            for name, text in faults.items():
+                self.screen.note(f"wrong: {name}: {text}")
+            raise typer.Exit(fail(f"{len(faults)} results were wrong and have no row", FAILED))
+
+    def _quiet(self) -> Any:
+        import contextlib
+
+        from .models import quiet_libraries
+
+        return contextlib.nullcontext() if self.debug else quiet_libraries()
+
+    def _work(self, jobs: list[Job], store: Any, about: dict[str, Any]) -> dict[str, str]:
+        from ..bench.jobs import run_job
+
+        faults: dict[str, str] = {}
+        mine: list[Job] = self.team.share(jobs)
+        try:
+            for number, job in enumerate(mine, 1):
+                self.screen.clear()
+                bar = self.screen.start(f"{job.benchmark} {number}/{len(mine)}: {job.name[:60]}", job.steps)
+                faults |= run_job(job, store, about, bar.advance)
+                bar.finish()
+        except BaseException:
+            if store.path.exists():
+                self.screen.note(f"what is done is in {store.path}; the same command with --resume goes on from there")
+            raise
+        return faults
+
+    def _show(self, rows: list[Row], old: list[Row] | None) -> None:
+        from ..bench.columns import changes
+
+        value: dict[str, Any] = {"rows": rows}
+        tables = result_tables(rows)
+        if old is not None:
+            value["changes"] = changes(old, rows)
+            tables.append(_changes_table(value["changes"], str(self.against)))
+        self.screen.note(f"rows are in {self.output}")
+        self.screen.result(value, *tables)
+
+
+def read(path: Path) -> list[Row]:
+    """Read a file of rows.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    from ..bench.rows import read_rows
+
+    try:
+        return read_rows(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read results from {path}: {error}") from error
+
+
+def plan_table(jobs: Sequence[Job], rows: Sequence[Row]) -> Table:
+    """Show what would run.
+
+    Args:
+        jobs: The jobs.
+        rows: Rows that are there already.
+    """
+    table = plain_table("what would run", "benchmark", "job", "measurements", "about", numbers=False)
+    total = 0.0
+    for job in jobs:
+        todo = job.missing(rows)
+        seconds = (job.seconds or 0.0) if todo else 0.0
+        total += seconds
+        add_row(table, job.benchmark, job.name, str(len(todo)), "?" if job.seconds is None else _spell(seconds))
+    unknown = any(job.seconds is None for job in jobs)
+    table.caption = f"in all about {_spell(total)}" + (", without those that nobody knows" if unknown else "")
+    table.caption_justify = "left"
+    return table
+
+
+def result_tables(rows: Sequence[Row]) -> list[Table]:
+    """Show rows, one table for each benchmark, and what could not run.
+
+    Args:
+        rows: The rows.
+    """
+    from ..bench.columns import COLUMNS, TITLES, mean_rows
+    from ..bench.rows import latest
+
+    found = latest(rows)
+    tables = []
+    for benchmark, columns in COLUMNS.items():
+        mine = mean_rows([row for row in found if row["benchmark"] == benchmark and "absent" not in row])
+        if not mine:
+            continue
+        used = [column for column in columns if any(row.get(column.name) is not None for row in mine)]
+        jobs: dict[str, list[Row]] = {}
+        for row in mine:
+            jobs.setdefault(row["model"] if benchmark == "quality" else row["job"], []).append(row)
+        for job, group in jobs.items():
+            table = plain_table(f"{TITLES[benchmark]}: {job}", "", *(column.title for column in used))
+            for row in group:
+                add_row(table, row["part"], *(column.write(row) for column in used))
+            tables.append(table)
+    absent = {(row["part"].partition("@")[0], row["absent"]) for row in found if "absent" in row}
+    if absent:
+        table = plain_table("not here", "what", "why", numbers=False)
+        for part, reason in sorted(absent):
+            add_row(table, part, reason)
+        tables.append(table)
+    return tables
+
+
+def _changes_table(changes: Sequence[dict[str, Any]], name: str) -> Table:
+    title = f"beyond noise, against {name}" if changes else f"nothing changed beyond noise against {name}"
+    table = plain_table(title, "benchmark", "job", "what", "number", "before", "now", "", numbers=False)
+    for each in changes:
+        cells = (each[name] for name in ("benchmark", "job", "part", "column", "old", "new"))
+        add_row(table, *cells, "better" if each["better"] else "worse")
+    return table
+
+
+def _plain(job: Job, rows: Sequence[Row]) -> dict[str, Any]:
+    return {"benchmark": job.benchmark, "job": job.name, "parts": job.missing(rows), "seconds": job.seconds}
+
+
+def _spell(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

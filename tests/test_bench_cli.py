@@ -1,0 +1,212 @@
+"""``fastdit bench`` as its users see it: rows, exit codes, breaks, reports, several processes."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from cli_runs import SIZE, folder, run, run_json, spawn
+
+import fastdit.bench.contenders
+import fastdit.bench.jobs
+import fastdit.cli.bench_build
+from fastdit.bench.contenders import Contender
+from fastdit.bench.random_models import MODELS
+from fastdit.bench.rows import read_rows
+
+KERNELS = ("bench", "kernels", "--densities", "0.5", "--contenders", "sdpa-flash,fastdit-cpu,fa3", "--repeats", "1")
+SMALL = ("--problems", "2x8x8/2x32")
+
+
+def parts(path) -> list[str]:
+    return [row["part"] for row in read_rows(path)]
+
+
+def test_kernels(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    value = run_json(*KERNELS, *SMALL, "-o", file)
+    rows = {row["part"]: row for row in value["rows"]}
+    assert set(rows) == {"sdpa-flash", "fa3", "fastdit-cpu@0.5"} == set(parts(file))
+    assert rows["fa3"]["absent"].startswith("not installed")
+    about = rows["sdpa-flash"]["run"]
+    assert about["seed"] == 0 and about["versions"]["torch"] and {"commit", "device", "time"} <= set(about)
+    again = run(*KERNELS, *SMALL, "-o", file)
+    assert again.exit_code == 2 and "--resume" in again.stderr
+    assert run(*KERNELS, *SMALL, "-o", file, "--resume", "--against", file).exit_code == 0
+    assert len(parts(file)) == 3
+
+
+def test_dry_run_computes_nothing(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    value = run_json(*KERNELS, *SMALL, "-o", file, "--dry-run")
+    (job,) = value["jobs"]
+    assert set(job["parts"]) == {"sdpa-flash", "fa3", "fastdit-cpu@0.5"}
+    assert job["seconds"] > 0 and not file.exists()
+    jobs = run_json("bench", "all", "--quick", "--dry-run", "-o", file)["jobs"]
+    assert {each["benchmark"] for each in jobs} == {"kernels", "methods", "quality", "e2e"}
+
+
+def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch):
+    known = fastdit.bench.contenders.contenders()
+
+    def prepare(q, k, v, mask):
+        return lambda: q + 0.1
+
+    monkeypatch.setattr(fastdit.cli.bench_build, "contenders", lambda: [*known, Contender("wrong", True, prepare)])
+    file = tmp_path / "rows.jsonl"
+    result = run("bench", "kernels", *SMALL, "--densities", "0.5", "--contenders", "sdpa-flash,wrong", "-o", file)
+    assert result.exit_code == 1
+    assert "wrong@0.5: error" in result.stderr and "1 results were wrong" in result.stderr
+    assert parts(file) == ["sdpa-flash"]
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
+    stock, seen = fastdit.bench.jobs.run_job, []
+
+    def run_job(job, *args):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(job)
+        return stock(job, *args)
+
+    monkeypatch.setattr(fastdit.bench.jobs, "run_job", run_job)
+    file = tmp_path / "rows.jsonl"
+    both = ("--problems", "2x8x8/2x32,2x8x8/1x32")
+    result = run(*KERNELS, *both, "-o", file)
+    assert result.exit_code == 130 and "--resume goes on" in result.stderr
+    assert len(parts(file)) == 3
+    monkeypatch.undo()
+    assert run(*KERNELS, *both, "-o", file, "--resume").exit_code == 0
+    assert len(parts(file)) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("kernels", "--problems", "wan"), "unknown problem 'wan'"),
+        (("kernels", "--densities", "0"), r"density must be in \(0, 1\]"),
+        (("kernels", "--densities", "much"), "separated by commas"),
+        (("kernels", "--blocks", "64"), "blocks are QUERIESxKEYS"),
+        (("kernels", "--contenders", "fa9"), "unknown contender 'fa9'"),
+        (("methods", "--settings", "drift"), "unknown setting 'drift'"),
+        (("e2e", "--problems", "demo"), "nobody knows the rest of the model"),
+        (("quality", "--score-with", "no-such-program {folder}"), "there is no program"),
+        (("quality", "--score-with", "true"), "has no {folder}"),
+        (("kernels", "--against", "nowhere.jsonl"), "cannot read results"),
+        (("report", "nowhere.jsonl"), "cannot read results"),
+    ],
+)
+def test_bad_input(arguments, text, tmp_path):
+    place = () if arguments[0] == "report" else ("-o", tmp_path / "rows.jsonl")
+    result = run("bench", *arguments, *place)
+    assert result.exit_code == 2, result.stderr
+    assert re.search(text, result.stderr)
+
+
+class Check(HTMLParser):
+    """Collect what a page loads from elsewhere, and its texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.tags = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.loads += [v for k, v in values.items() if k in ("src", "href") and not v.startswith(("data:", "#"))]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Rows of all benchmarks on an untrained pipeline, with videos."""
+    place = tmp_path_factory.mktemp("bench")
+    file, prompts = place / "rows.jsonl", place / "prompts.txt"
+    prompts.write_text("a red circle\n<b>a blue square\n")
+    settings = ("--settings", "draft-4x4x4,sla", "--densities", "0.5", "-o", file, "--resume", "--quiet")
+    model = ("--model", folder(), *SIZE)
+    for arguments in (
+        (*KERNELS, *SMALL, "-o", file, "--quiet"),
+        ("bench", "methods", "--problems", "2x8x8/1x32", *settings),
+        ("bench", "quality", *model, "--prompts", prompts, *settings, "--score-with", "ls {folder}"),
+        ("bench", "e2e", *model, "--prompt", "a red circle", "--repeats", "1", *settings),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.stderr
+    return file
+
+
+def test_quality(videos):
+    rows = [row for row in read_rows(videos) if row["benchmark"] == "quality"]
+    assert [row["part"] for row in rows] == ["draft-4x4x4@0.5", "sla@0.5"] * 2
+    place = videos.with_suffix(".videos")
+    for row in rows:
+        assert row["model"] == folder().name and row["accuracy"] is None and row["lpips"] is None
+        assert 0 < row["density"] <= 1 and row["arguments"]["num_inference_steps"] == 3
+        assert row["psnr"] == "inf" or row["psnr"] > 20  # the video is one block, so nothing can be left out
+    names = {path.name for path in place.iterdir()}
+    assert names == {"dense", "draft-4x4x4@0.5", "sla@0.5", "side-by-side"}
+    assert {path.name for path in (place / "dense").iterdir()} == {
+        "a red circle-0.mp4",
+        "_b_a blue square-0.mp4",
+        "scores.txt",
+    }
+    assert "a red circle-0.mp4" in (place / "sla@0.5" / "scores.txt").read_text()
+
+
+def test_e2e(videos):
+    rows = {row["part"]: row for row in read_rows(videos) if row["benchmark"] == "e2e"}
+    assert set(rows) == {"dense", "draft-4x4x4@0.5", "sla@0.5"}
+    dense = rows["dense"]
+    assert dense["speedup"] == 1 == dense["predicted_speedup"] and 0 < dense["attention_share"] < 1
+    assert all(row["cold_seconds"] > 0 and row["step_seconds"] > 0 for row in rows.values())
+
+
+def test_report(videos):
+    page, tables = videos.with_name("report.html"), videos.with_name("report.md")
+    for output in (page, tables):
+        assert run("bench", "report", videos, "-o", output).exit_code == 0
+    text, check = page.read_text(), Check()
+    check.feed(text)
+    assert check.loads == []
+    assert check.tags.count("img") == 4 and check.tags.count("svg") >= 4 and "b" not in check.tags
+    assert "prefers-color-scheme: dark" in text and "currentColor" in text
+    markdown = tables.read_text()
+    assert "### Whole videos" in markdown and "| `sla@0.5` |" in markdown and "- `fa3`: not installed" in markdown
+    assert run("bench", "report", videos, "-o", videos.with_name("report.txt")).exit_code == 2
+
+
+def test_random_weights(tmp_path, monkeypatch):
+    small = {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
+    stock = fastdit.cli.bench_build.random_subject
+    monkeypatch.setattr(
+        fastdit.cli.bench_build, "random_subject", lambda problem, **how: stock(problem, changes=small, **how)
+    )
+    problem = fastdit.cli.bench_build.find_problems(["4x8x8/2x128"])[0]
+    object.__setattr__(problem, "name", "wan-1.3b-tiny")
+    monkeypatch.setattr(fastdit.cli.bench_build, "find_problems", lambda names: [problem] if list(names) else [])
+    value = run_json(
+        "bench", "e2e", "--problems", "tiny", "--passes", "1", "--repeats", "1", "-o", tmp_path / "rows.jsonl"
+    )
+    row = value["rows"][1]
+    assert row["weights"] == "random" and row["job"] == "wan-1.3b-tiny, random weights" and "psnr" not in row
+    assert row["seconds"] == pytest.approx(row["run_seconds"] * problem.steps * problem.passes)
+
+
+def test_every_model_is_a_class_of_diffusers():
+    import diffusers
+
+    assert all(hasattr(diffusers, model.class_name) for model in MODELS.values())
+
+
+@pytest.mark.slow
+def test_processes_share_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "fastdit")
+    command = ("bench", "quality", "--model", folder(), *SIZE, "--prompts", "prompts.txt", "--settings", "sla")
+    done = spawn(*command, "--densities", "0.5", "-o", "rows.jsonl", "--json", cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout[done.stdout.index("{") :])["rows"]
+    assert {row["prompt"] for row in rows} == {"one", "two", "three"} and len(rows) == 3

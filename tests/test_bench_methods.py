@@ -1,0 +1,121 @@
+"""Calls that are made up are sparse as real ones are, and methods are brought to one density on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdit.attention import get_method
+from fastdit.bench.clips import compare_clips, flicker, strip
+from fastdit.bench.e2e import amdahl
+from fastdit.bench.methods import measure_call, method_jobs
+from fastdit.bench.rows import Store
+from fastdit.bench.settings import default_settings, find_settings
+from fastdit.bench.synthetic import KINDS, synthetic
+from fastdit.tokens import TokenSpec, VideoGrid
+
+TOKENS = TokenSpec(VideoGrid(6, 12, 12), 32)
+SAMPLE = synthetic(TOKENS)
+OTHER = synthetic(TOKENS, seed=1)
+
+
+def weights() -> torch.Tensor:
+    return (SAMPLE.q[0] @ SAMPLE.k[0].mT * SAMPLE.q.shape[-1] ** -0.5).softmax(-1)
+
+
+def test_synthetic_heads_are_sparse_but_not_empty():
+    top = weights().sort(-1, descending=True).values.cumsum(-1).mean(1)
+    tokens = TOKENS.num_tokens
+    assert SAMPLE.kinds == tuple(KINDS)
+    assert (top[:, tokens // 5] > 0.85).all()  # a fifth of the keys has nearly everything
+    assert (top[:, tokens // 500] < 0.6).all()  # and a few keys do not
+
+
+def test_synthetic_heads_do_what_they_are_named_after():
+    video = weights()[:, TOKENS.video, TOKENS.video].double()
+    by_axes = video.unflatten(2, TOKENS.grid.shape).unflatten(1, TOKENS.grid.shape)
+    heads = dict(zip(SAMPLE.kinds, by_axes, strict=True))
+    same_frame = torch.einsum("fhwfij->", heads["spatial"]) / heads["spatial"].sum()
+    same_row = torch.einsum("fhwgha->", heads["row"]) / heads["row"].sum()
+    same_column = torch.einsum("fhwgaw->", heads["column"]) / heads["column"].sum()
+    assert min(same_frame, same_row, same_column) > 0.6
+    on_text = weights()[:, TOKENS.video, TOKENS.text].sum(-1).mean(-1)
+    assert on_text.argmax() == SAMPLE.kinds.index("text") and on_text.max() > 0.15
+    few = heads["stripes"].flatten(3).flatten(0, 2).mean(0).sort(descending=True).values
+    assert few[: int(0.06 * len(few))].sum() / few.sum() > 0.6
+
+
+def test_synthetic_is_seeded():
+    again = synthetic(TOKENS)
+    assert torch.equal(again.q, SAMPLE.q) and torch.equal(again.v, SAMPLE.v)
+    assert not torch.equal(OTHER.q, SAMPLE.q)
+    with pytest.raises(ValueError, match="at least 32 channels, got 16"):
+        synthetic(TOKENS, head_dim=16)
+
+
+@pytest.mark.parametrize("setting", default_settings(), ids=lambda setting: setting.name)
+def test_settings_come_near_a_density(setting):
+    method = setting.at(0.4, [OTHER])
+    row = measure_call(method, SAMPLE)
+    # of so few frames radial attention keeps what it has to
+    assert 0.3 < row["density"] < (0.6 if setting.method == "radial" else 0.5)
+    assert 0 < row["error"] < 1 and len(row["heads"]) == len(KINDS)
+
+
+def test_errors_by_hand():
+    row = measure_call(get_method("draft", density=0.5, tile=(2, 4, 4)), SAMPLE)
+    method = get_method("draft", density=0.5, tile=(2, 4, 4))
+    from fastdit.attention import MethodState
+
+    out = method.forward(SAMPLE.q, SAMPLE.k, SAMPLE.v, SAMPLE.call, MethodState())[0].double()
+    exact = weights().double() @ SAMPLE.v[0].double()
+    errors = (out - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    torch.testing.assert_close(torch.tensor(row["heads"]).double(), errors, rtol=1e-3, atol=1e-5)
+    assert row["error"] == pytest.approx(float(errors.mean()), rel=1e-3)
+
+
+def test_rows_of_methods(tmp_path):
+    settings = find_settings(["draft-4x4x4", "sla"], means=True)
+    assert [s.name for s in settings] == ["draft-4x4x4", "draft-4x4x4+mean", "sla", "sla+mean"]
+    jobs = method_jobs("made up", lambda: [SAMPLE], lambda: [OTHER], settings, densities=(0.3,), about={"x": 1})
+    from fastdit.bench.jobs import run_job
+
+    store = Store(tmp_path / "rows.jsonl")
+    assert run_job(jobs[0], store, {}) == {}
+    rows = {row["part"]: row for row in store.read()}
+    assert set(rows) == {s.name for s in settings}
+    row = rows["draft-4x4x4"]
+    assert row["source"] == "made up" and row["asked"] == 0.3 and row["x"] == 1
+    assert set(row["heads"]) == set(KINDS) and 0 < row["recall"] <= 1
+    assert rows["sla+mean"]["error"] < rows["sla"]["error"]
+
+
+def test_a_method_that_gives_no_numbers_is_found():
+    class Broken(type(get_method("dense"))):
+        def forward(self, q, k, v, call, state):
+            return q * torch.nan
+
+    assert "no numbers" in measure_call(Broken(), SAMPLE)["fault"]
+
+
+def test_clips():
+    skimage = pytest.importorskip("skimage.metrics")
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.rand(4, 40, 48, 3, generator=generator).numpy()
+    clip = (dense + 0.05 * torch.randn(4, 40, 48, 3, generator=generator).numpy()).clip(0, 1)
+    row = compare_clips(clip, dense)
+    assert row["psnr"] == pytest.approx(skimage.peak_signal_noise_ratio(dense, clip, data_range=1), abs=1e-4)
+    how = {"gaussian_weights": True, "use_sample_covariance": False, "data_range": 1, "channel_axis": -1}
+    by_frame = [skimage.structural_similarity(a, b, **how) for a, b in zip(dense, clip, strict=True)]
+    assert row["ssim"] == pytest.approx(sum(by_frame) / 4, abs=1e-4)
+    assert flicker(dense[:1].repeat(3, 0)) == 0 and row["flicker"] == pytest.approx(flicker(clip))
+    step = torch.zeros(2, 4, 4, 3).numpy()
+    step[1] = 0.5
+    assert flicker(step) == 127.5
+    assert strip(dense, clip).shape == (2 * 44, 6 * 52, 3)
+    assert compare_clips(dense, dense)["psnr"] == float("inf")
+
+
+def test_amdahl():
+    assert amdahl(0.5, 2.0) == pytest.approx(4 / 3)
+    assert amdahl(0.0, 9.0) == 1 == amdahl(0.7, 1.0)
