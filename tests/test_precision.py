@@ -1,15 +1,22 @@
 """Low precision against a definition written out block by block, and against what rounding must cost."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_cases import CASES, Case
+from precision_cases import check_low_precision
 
 from fastdit.attention.kernels import block_sparse_attention, choose_kernel, explain_kernels, list_precisions
 from fastdit.attention.kernels.quantize import int8_products, quantize_blocks, quantize_channels, round_weights
+from fastdit.attention.kernels.triton_int8_config import choose_int8_config, int8_reason
 from fastdit.mask import BlockMask
 
+HERE = Path(__file__).parent
 INT8_RMS = 1 / math.sqrt(12)  # of a step: an error spread evenly over it
 E4M3_RMS = 2**-3 * INT8_RMS / math.sqrt(7 / 3)  # of the magnitude: 3 bits after the point, mantissas spread evenly
 
@@ -176,7 +183,7 @@ def test_rounding_to_e4m3():
     assert (rounded.float().abs().amax(2)[..., 1:] == 448).all()
 
 
-def test_only_the_reference_knows_it_and_errors_say_so():
+def test_no_kernel_for_cpus_and_errors_say_so():
     case = Case()
     mask, tensors = case.mask(), case.tensors(torch.float32)
     with pytest.raises(RuntimeError, match=r"no kernel can run\..*cpu: .*int8 is not faster.*kernel='reference' runs"):
@@ -197,3 +204,57 @@ def test_no_backward(kernel):
         block_sparse_attention(*tensors, mask, kernel=kernel, precision="int8")
     with torch.no_grad():
         assert attention(*tensors, mask, precision="int8")[0].isfinite().all()
+
+
+def test_triton_in_the_interpreter():
+    """Runs tests/precision_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "precision_interpreter.py"]
+    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("compensate", [None, "mean"])
+@pytest.mark.parametrize("precision", list_precisions())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_on_a_gpu(case, dtype, precision, compensate, poisoned_empty):
+    capability = torch.cuda.get_device_capability()
+    reason = int8_reason(capability, dtype, precision, case.blocks[1])
+    if reason is not None:
+        pytest.skip(reason)
+    check_low_precision(case, dtype, precision, compensate, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "precision", "block", "reason"),
+    [
+        ((9, 0), torch.bfloat16, "int8_fp8", 32, None),
+        ((8, 0), torch.float16, "int8", 16, None),
+        ((8, 9), torch.float16, "int8_fp8", 96, None),
+        ((12, 0), torch.bfloat16, "int8_fp8", 64, None),
+        ((8, 6), torch.bfloat16, "int8_fp8", 64, "capability 8.9 or later, this is 8.6; precision='int8' can run"),
+        ((10, 0), torch.bfloat16, "int8", 64, "slower than bf16 on compute capability 10.0; leave precision out"),
+        ((11, 0), torch.bfloat16, "int8_fp8", 64, "slower than bf16 on compute capability 11.0"),
+        ((9, 0), torch.float32, "int8", 64, "for bf16 and fp16, got torch.float32; cast"),
+        ((9, 0), torch.float16, "int8_fp8", 48, "multiple of 32 tokens, got 48"),
+    ],
+)
+def test_where_it_runs(capability, dtype, precision, block, reason):
+    found = int8_reason(capability, dtype, precision, block)
+    if reason is None:
+        assert found is None
+        for dim in (16, 64, 72, 128):
+            config = choose_int8_config(capability, dim, precision, 16 * block, block)
+            assert block % config.tile_k == 0 and config.tile_k >= (32 if precision == "int8_fp8" else 16)
+    else:
+        assert reason in found
+
+
+def test_best_tiles():
+    """Those that divide the blocks of the mask, the widest first."""
+    tiles = [choose_int8_config((9, 0), 128, "int8_fp8", *blocks) for blocks in ((128, 128), (64, 64), (16, 96))]
+    assert [(config.tile_q, config.tile_k) for config in tiles] == [(128, 64), (64, 64), (16, 32)]

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ...mask import BlockMask
+from .device import launching_on
 from .options import Options
 from .triton_config import choose_config
+from .triton_int8_config import choose_int8_config, int8_reason
 
 
 def available() -> str | None:
@@ -50,7 +52,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
     if options.precision is not None:
-        return f"it computes in the precision of its inputs; it has no {options.precision} yet"
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+        return int8_reason(capability, q.dtype, options.precision, mask.block_k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "it has no backward yet; use torch.no_grad(), or kernel='reference', which has one"
     return None
@@ -72,6 +75,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
     from .triton_fwd import block_sparse_fwd
 
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    if options.precision is not None:
+        from .triton_int8 import int8_fwd
+
+        low = choose_int8_config(capability, q.shape[3], options.precision, mask.block_q, mask.block_k)
+        with launching_on(q.device):
+            return int8_fwd(q, k, v, mask, options, low)
     compensate = options.compensate is not None
     config = choose_config(capability, q.shape[3], q.dtype, mask.block_q, mask.block_k, compensate=compensate)
     if not q.is_cuda:
