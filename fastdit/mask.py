@@ -203,9 +203,15 @@ class BlockMask:
             lengths_k: ``(B or 1, H or 1, Nk)`` real keys in each block.
         """
         lengths_k = lengths_k.to(device=self.device, dtype=torch.int32)
-        return self._from_rows(
-            self.to_dense(), self.lengths_q, lengths_k, self.block_q, self.block_k, self.indices.shape[-1]
-        )
+        ragged = (lengths_k < self.block_k).flatten(0, 1).any(0)
+        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        # Sorted as they are listed, so that no map of all pairs is made.
+        last = ragged.int() * self.num_k
+        rank = torch.where(listed, self.indices + last[self.indices], 2 * self.num_k).sort(-1).values
+        every = (torch.arange(self.num_k, device=self.device, dtype=torch.int32) + last).sort().values % self.num_k
+        full_counts = (rank < self.num_k).sum(-1, dtype=torch.int32)
+        full_counts = torch.where(self.counts == self.num_k, (~ragged).sum(dtype=torch.int32), full_counts)
+        return replace(self, indices=rank % self.num_k, full_counts=full_counts, every=every, lengths_k=lengths_k)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """Return the mask on another device.

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import triton
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
+from fastdit.attention.kernels.triton_layout import _lay_out_kernel, layout_constants
+from fastdit.attention.kernels.triton_lists import _lists_kernel, lists_constants
 from fastdit.attention.kernels.triton_mass import _block_mass_kernel, mass_constants, mass_options
+from fastdit.attention.kernels.triton_means import _block_means_kernel, means_constants
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -33,4 +37,36 @@ def block_mass() -> Iterator[Entry]:
             )
 
 
-CHOICE = (block_mass,)
+def copies() -> Iterator[Entry]:
+    """Yield what multiplies nothing: means in an order, lists, and tokens put into an order."""
+    for arch in TENSOR_CORES:
+        for dim, dtype in ((128, BF16), (72, FP32)):
+            pointer = f"*{TYPES[dtype]}"
+            tensors = {f"{new}{name}_ptr": pointer for new in ("", "new_") for name in "abc"}
+            yield plain(
+                arch,
+                f"ordered-means-{TYPES[dtype]}-{dim}",
+                _block_means_kernel,
+                means_constants(dim, 64, indexed=True),
+                {"x_ptr": pointer, "means_ptr": "*fp32", "index_ptr": "*i64"},
+            )
+            yield plain(
+                arch,
+                f"layout-{TYPES[dtype]}-{dim}",
+                _lay_out_kernel,
+                layout_constants(3, dim),
+                {**tensors, "index_ptr": "*i64"},
+            )
+        for num in (100, 4000):
+            types = {"map_ptr": "*i8", "ragged_ptr": "*i8"}
+            yield plain(arch, f"lists-{num}", _lists_kernel, lists_constants(num), types)
+
+
+def plain(
+    arch: int, name: str, kernel: triton.JITFunction, constexprs: dict[str, int | bool], types: dict[str, str]
+) -> Entry:
+    """Make an entry with default options."""
+    return Entry(f"sm_{arch}-{name}", arch, kernel, constexprs, {}, types, None, quick=arch == 90 and "72" in name)
+
+
+CHOICE = (block_mass, copies)

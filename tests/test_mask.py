@@ -117,3 +117,17 @@ def test_derived_data_stays_with_its_own_mask():
     mask.derived["kernel"] = object()
     assert mask.to("cpu").derived == {}
     assert mask.with_lengths_k(mask.lengths_k).derived == {}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 9), (2, 3, 9, 9), (1, 2, 4, 30)], ids=str)
+def test_shorter_blocks_are_listed_as_from_the_start(shape):
+    """Lists put in order again, with rows that list everything, are those of a map with the lengths from the start."""
+    blocks = torch.rand(shape) < torch.tensor([0.2, 0.6, 1])[torch.arange(shape[2]) % 3, None]
+    sizes = {"block_q": 4, "block_k": 4}
+    mask = BlockMask.from_dense(blocks, **sizes, lengths_k=torch.randint(2, 5, (shape[3],)))
+    lengths = torch.randint(0, 5, (2, 1, shape[3])).clamp(min=3 * (torch.arange(shape[3]) % 2)[None, None])
+    found, expected = mask.with_lengths_k(lengths), BlockMask.from_dense(blocks, **sizes, lengths_k=lengths)
+    for name in ("counts", "full_counts", "every", "lengths_k"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for one, two in zip(found.lists(), expected.lists(), strict=True):
+        assert torch.equal(one, two)

@@ -13,6 +13,7 @@ from .base import Pattern, check_density, register
 from .kernels import block_sparse_attention
 from .mass import block_mass
 from .ordered import OrderedMethod, pattern_of
+from .reorder import lay_out, put_back
 from .select import by_heads, keep_top_k, top_count
 from .state import MethodState
 
@@ -65,7 +66,7 @@ class AdaSpa(OrderedMethod):
             state: Keeps the log-sum-exp, 4 bytes for each query and head.
         """
         layout = self.layout(call, q.device, state)
-        q, k = layout.apply(q), layout.apply(k)
+        q, k = lay_out(layout, q, k)
         lse = _remembered(q, call, state)
         if lse is None:
             _, lse = self._attend(q, k, k, layout, call, state)
@@ -116,11 +117,11 @@ class AdaSpa(OrderedMethod):
         layout = self.layout(call, q.device, state)
         if _remembered(q, call, state) is not None:
             return super().forward(q, k, v, call, state)
-        laid_q, laid_k, laid_v = state.measure("order", q.device, lambda: [layout.apply(x) for x in (q, k, v)])
+        laid_q, laid_k, laid_v = state.measure("order", q.device, lambda: lay_out(layout, q, k, v))
         out, _ = self._attend(laid_q, laid_k, laid_v, layout, call, state)
         state.pattern = None
         state.resolve(self, q, k, call)
-        return state.measure("order", q.device, lambda: layout.undo(out))
+        return state.measure("order", q.device, lambda: put_back(layout, out))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, call: AttentionCall, state: MethodState

@@ -15,6 +15,7 @@ from ..layout import TokenLayout
 from ..mask import BlockMask
 from ..tokens import AttentionCall
 from .kernels import block_sparse_attention
+from .reorder import lay_out, put_back
 from .state import MethodState
 
 _REGISTRY: dict[str, type[AttentionMethod]] = {}
@@ -133,9 +134,9 @@ class BlockMethod(AttentionMethod):
         pattern = replace(pattern, mask=state.mask(pattern, call))
         state.kept = pattern.mask.kept
         layout = pattern.layout
-        q, k, v = state.measure("order", q.device, lambda: (layout.apply(q), layout.apply(k), layout.apply(v)))
+        q, k, v = state.measure("order", q.device, lambda: lay_out(layout, q, k, v))
         out = self.attend(q, k, v, pattern, call, state)
-        return state.measure("order", q.device, lambda: layout.undo(out))
+        return state.measure("order", q.device, lambda: put_back(layout, out))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: AttentionCall, state: MethodState

@@ -80,7 +80,8 @@ class Draft(BlockMethod):
             return keep_top_fraction(logits.log_softmax(-1), self.density)
 
         batch, heads, tiles, _ = draft_k.shape
-        return pattern_of(layout, by_heads(choose, heads, batch * tiles**2))
+        # of a share of the whole map a row may get any number
+        return pattern_of(layout, by_heads(choose, heads, batch * tiles**2), max_count=tiles)
 
     def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor]:
         order, sizes = tile_order(call.tokens.grid, self.tile)

@@ -290,16 +290,15 @@ def merge_heads(parts: Sequence[tuple[Heads, Pattern]]) -> Pattern:
     """
     masks = [pattern.mask for _, pattern in parts]
     batch, width = (max(mask.indices.shape[axis] for mask in masks) for axis in (0, 3))
-    place = torch.tensor([head for heads, _ in parts for head in heads]).argsort().to(masks[0].device)
 
     def join(name: str) -> Tensor:
-        rows = []
+        rows = {}
         for (heads, _), mask in zip(parts, masks, strict=True):
             lists = getattr(mask, name)
             if name == "indices":
                 lists = torch.nn.functional.pad(lists, (0, width - lists.shape[3]))
-            rows.append(lists.expand(batch, len(heads), *lists.shape[2:]))
-        return torch.cat(rows, 1).index_select(1, place)
+            rows |= zip(heads, lists.expand(batch, len(heads), *lists.shape[2:]).unbind(1), strict=True)
+        return torch.stack([rows[head] for head in sorted(rows)], 1)
 
     lists = {name: join(name) for name in ("indices", "counts", "full_counts")}
     return Pattern(parts[0][1].layout, replace(masks[0], **lists))

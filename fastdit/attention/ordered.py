@@ -11,6 +11,7 @@ from ..layout import ORDERS, TokenLayout, token_order
 from ..mask import BlockMask
 from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_block_size
+from .kernels.device import has_triton
 from .select import keep_text
 from .state import MethodState
 
@@ -70,6 +71,10 @@ def pattern_of(layout: TokenLayout, video_blocks: Tensor, *, max_count: int | No
     """
     lengths = layout.block_lengths[None]
     text_blocks = layout.num_blocks - layout.video_blocks
+    if max_count is not None and has_triton(video_blocks.device):
+        from .kernels.triton_lists import triton_mask
+
+        return Pattern(layout, triton_mask(video_blocks, layout.block, lengths, max_count=max_count + text_blocks))
     mask = BlockMask.from_dense(
         keep_text(video_blocks, layout.num_blocks, layout.num_blocks),
         block_q=layout.block,

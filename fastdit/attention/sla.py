@@ -16,6 +16,7 @@ from .base import Pattern, check_density, register
 from .features import FEATURE_MAPS, Hedgehog, Mix, Projection, Router, feature_map
 from .linear import linear_attention
 from .ordered import OrderedMethod, pattern_of
+from .reorder import pool_laid_out
 from .select import by_heads, keep_top_k, pool_blocks, top_count
 from .state import MethodState
 
@@ -119,7 +120,7 @@ class Sla(OrderedMethod):
         """
         layout = self.layout(call, q.device, state)
         video, lengths = layout.video_blocks, layout.block_lengths
-        q, k = (pool_blocks(layout.apply(x), layout.block, lengths)[:, :, :video] for x in (q, k))
+        q, k = (pool_laid_out(layout, x)[:, :, :video] for x in (q, k))
         k = k - _mean_of_blocks(k, lengths[:, :video])
         weights = self._weights(state)
         if self.variant == "sla2" and weights is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...mask import BlockMask
+from .device import takes_triton
 
 
 def block_means(x: Tensor, mask: BlockMask) -> Tensor:
@@ -36,6 +37,10 @@ def means_of_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
     Returns:
         ``(B, H, N, D)`` fp32, or fp64 for fp64; 0 for a block without tokens.
     """
+    if takes_triton(x):
+        from .triton_means import triton_means_of_blocks
+
+        return triton_means_of_blocks(x, block, lengths)
     x = pad(x, (0, 0, 0, lengths.shape[-1] * block - x.shape[2])).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= lengths[..., None]
     sums = x.masked_fill(padding[..., None], 0).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
