@@ -115,7 +115,12 @@ def means_by_hand(x: Tensor, mask: BlockMask) -> Tensor:
 
 
 def check_against_reference(
-    case: Case, dtype: torch.dtype, kernel: str, device: str = "cpu", compensate: str | None = None
+    case: Case,
+    dtype: torch.dtype,
+    kernel: str,
+    device: str = "cpu",
+    compensate: str | None = None,
+    variant: str | None = None,
 ) -> None:
     """Run a kernel on a case and compare with fp64: at most twice the error of eager attention, plus rounding.
 
@@ -126,7 +131,7 @@ def check_against_reference(
     q, k, v = (x.to(device) for x in case.tensors(dtype))
     real = (torch.arange(mask.block_k, device=device) < mask.lengths_k[..., None]).flatten(2)[..., : k.shape[2], None]
     k, v = k.where(real, 300), v.where(real, -700)  # padding may hold anything
-    out, lse = block_sparse_attention(q, k, v, mask, kernel=kernel, compensate=compensate)
+    out, lse = block_sparse_attention(q, k, v, mask, kernel=kernel, compensate=compensate, variant=variant)
     exact, exact_lse = naive(q.double(), k.double(), v.double(), mask, compensate=compensate)
     eager = naive(q, k, v, mask, compensate=compensate)[0]
     assert out.dtype == dtype and out.shape == q.shape

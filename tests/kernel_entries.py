@@ -11,7 +11,7 @@ import torch
 from choice_entries import CHOICE
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
-from fastdit.attention.kernels.triton_config import TABLE, TABLE_SINGLE_MEANS, Config
+from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, TABLE_SINGLE_MEANS, Config
 from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, compile_options, constants
 from fastdit.attention.kernels.triton_means import _block_means_kernel, means_constants
 
@@ -33,6 +33,10 @@ def fwd() -> Iterator[Entry]:
             if bits == 16:
                 yield fwd_entry(arch, dim, FP16, (128, 128), tiles[0], means)
             yield fwd_entry(arch, 96 if dim == 128 else 32, dtype, (128, 128), tiles[0], means)
+    for (arch, dim, _), configs in CANDIDATES.items():
+        for rank, config in enumerate(configs):
+            yield fwd_entry(arch, dim, BF16, (128, 128), config, False, (arch, dim, rank) == (90, 128, 1))
+        yield fwd_entry(arch, 96 if dim == 128 else 32, FP16, (128, 128), configs[0], False)
 
 
 def fwd_entry(

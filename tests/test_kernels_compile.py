@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from kernel_compile import SHARED_LIMIT, compile_entry, faults
 from kernel_entries import BF16, FP16, FP32, entries, fwd_entry
 
-from fastdit.attention.kernels.triton_config import TABLE, Config, choose_config, table_arch
+from fastdit.attention.kernels.options import VARIANTS
+from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, Config, choose_config, table_arch
 
 ENTRIES = entries()
 
@@ -60,6 +61,8 @@ def test_a_loop_without_prefetch_is_found():
 
 def test_only_known_variants():
     assert {config.variant for configs in TABLE.values() for config in configs} == {"loads"}
+    assert {config.variant for configs in CANDIDATES.values() for config in configs} == set(VARIANTS)
+    assert not any(set(TABLE[key]) & set(configs) for key, configs in CANDIDATES.items())
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)])

@@ -34,6 +34,7 @@ def block_sparse_attention(
     kernel: str | None = None,
     compensate: str | None = None,
     precision: str | None = None,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of listed blocks.
 
@@ -52,6 +53,8 @@ def block_sparse_attention(
             weight of as many, and with their mean value, also in rows that list nothing. Default: it is left out.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision, as ``quantize.py`` defines them, without
             gradients; default: that of the inputs.
+        variant: How the kernel reads full blocks, for tests and tuning: one of ``options.VARIANTS``; default: what its
+            table says.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the log-sum-exp of each row in natural log,
@@ -63,7 +66,7 @@ def block_sparse_attention(
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
     check_inputs(q, k, v, mask)
-    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, compensate, precision)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, compensate, precision, variant)
     return _module(_choose(q, k, v, mask, options, kernel)).run(q, k, v, mask, options)
 
 

@@ -81,6 +81,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return f"it takes fp64, fp32, bf16 and fp16, got {q.dtype}"
     if options.precision is not None:
         return f"it computes in the precision of its inputs; {options.precision} is not faster on a CPU"
+    if options.variant is not None:
+        return f"it has no variants, got variant={options.variant!r}"
     return None
 
 

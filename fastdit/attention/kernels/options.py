@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 COMPENSATIONS = ("mean",)
 PRECISIONS = ("int8", "int8_fp8")
+VARIANTS = ("loads", "tma")
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Options:
         scale: Softmax scale, finite.
         compensate: What stands in for blocks that are not listed: one of ``COMPENSATIONS``, or ``None``.
         precision: Of the products: one of ``PRECISIONS``, or ``None`` for that of the inputs.
+        variant: How a kernel of several variants reads full blocks, for tests and tuning: ``"loads"``: every thread
+            copies its part; ``"tma"``: by tensor descriptors. Or ``None`` for what its table says.
 
     Raises:
         ValueError: A value is not among these.
@@ -25,6 +28,7 @@ class Options:
     scale: float
     compensate: str | None = None
     precision: str | None = None
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -33,3 +37,5 @@ class Options:
             raise ValueError(f"unknown compensate {self.compensate!r}; there are: {', '.join(COMPENSATIONS)}, or None")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"unknown precision {self.precision!r}; precisions are: {', '.join(PRECISIONS)}, or None")
+        if self.variant not in (None, *VARIANTS):
+            raise ValueError(f"unknown variant {self.variant!r}; variants are: {', '.join(VARIANTS)}, or None")

@@ -28,6 +28,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         mask: The blocks.
         options: How.
     """
+    if options.variant is not None:
+        return f"it has no variants, got variant={options.variant!r}"
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...mask import BlockMask
 from .device import launching_on
 from .options import Options
-from .triton_config import choose_config
+from .triton_config import choose_config, no_descriptor
 from .triton_int8_config import choose_int8_config, int8_reason
 
 
@@ -56,6 +56,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return int8_reason(capability, q.dtype, options.precision, mask.block_k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "it has no backward yet; use torch.no_grad(), or kernel='reference', which has one"
+    if options.variant is not None and options.precision is not None:
+        return f"precision={options.precision!r} has no variants, got variant={options.variant!r}"
+    if options.variant == "tma":
+        if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+            return "variant 'tma' needs compute capability 9.0 or later"
+        reasons = [f"{name}: {reason}" for name, x in (("k", k), ("v", v)) if (reason := no_descriptor(x)) is not None]
+        if reasons:
+            return f"variant 'tma' cannot read {'; '.join(reasons)}"
     return None
 
 
@@ -82,7 +90,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
         with launching_on(q.device):
             return int8_fwd(q, k, v, mask, options, low)
     compensate = options.compensate is not None
-    config = choose_config(capability, q.shape[3], q.dtype, mask.block_q, mask.block_k, compensate=compensate)
+    # What the table prefers may need tensors that lie otherwise in memory.
+    variant = options.variant or ("loads" if no_descriptor(k) or no_descriptor(v) else None)
+    blocks = (mask.block_q, mask.block_k)
+    config = choose_config(capability, q.shape[3], q.dtype, *blocks, compensate=compensate, variant=variant)
     if not q.is_cuda:
         return block_sparse_fwd(q, k, v, mask, options, config)
     with torch.cuda.device(q.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Config:
         tile_k: Keys per inner iteration, a power of two of at least 16; it divides the mask's ``block_k``.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
-        variant: How tiles are read: ``"loads"`` is the only one so far.
+        variant: How full blocks are read, one of ``options.VARIANTS``; ``"tma"`` from compute capability 9.0 on.
     """
 
     tile_q: int
@@ -67,6 +68,29 @@ TABLE_SINGLE_MEANS: dict[int, tuple[Config, ...]] = {
 }
 
 
+# What a tuning script may try beside the table, likewise. No GPU has measured these yet. On 12.0, whose products read
+# registers, descriptors only add to them: every one of these tiles spills.
+CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
+    (90, 64, 16): (
+        Config(128, 128, 8, 2, "tma"),
+        Config(128, 64, 8, 2, "tma"),
+        Config(64, 64, 4, 2, "tma"),
+        Config(32, 32, 4, 3, "tma"),
+        Config(128, 128, 8, 2),
+    ),
+    (90, 128, 16): (
+        Config(128, 128, 8, 2, "tma"),
+        Config(128, 64, 8, 2, "tma"),
+        Config(64, 64, 4, 2, "tma"),
+        Config(32, 32, 4, 2, "tma"),
+        Config(128, 128, 8, 2),
+        Config(128, 64, 8, 3),
+    ),
+    (100, 64, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 4, 3, "tma")),
+    (100, 128, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 4, 2, "tma")),
+}
+
+
 def choose_config(
     capability: tuple[int, int],
     head_dim: int,
@@ -75,6 +99,7 @@ def choose_config(
     block_k: int,
     *,
     compensate: bool = False,
+    variant: str | None = None,
 ) -> Config:
     """Return the best settings for a call.
 
@@ -85,13 +110,39 @@ def choose_config(
         block_q: Queries in a block of the mask, a multiple of 16.
         block_k: Keys in a block of the mask, a multiple of 16.
         compensate: Whether means stand in for blocks that are not listed.
+        variant: The only one to choose from, or ``None``.
+
+    Raises:
+        ValueError: There are no settings for this variant.
     """
     dim = 64 if head_dim <= 64 else 128
-    if compensate and dtype.itemsize == 4:
-        configs = TABLE_SINGLE_MEANS[dim]
-    else:
-        configs = TABLE[table_arch(capability), dim, dtype.itemsize * 8]
-    return next(c for c in configs if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
+    key = (table_arch(capability), dim, dtype.itemsize * 8)
+    configs = TABLE_SINGLE_MEANS[dim] if compensate and dtype.itemsize == 4 else TABLE[key]
+    if variant is not None:
+        configs = tuple(c for c in (*configs, *CANDIDATES.get(key, ())) if c.variant == variant)
+    for config in configs:
+        if block_q % config.tile_q == 0 and block_k % config.tile_k == 0:
+            return config
+    raise ValueError(
+        f"no settings of variant {variant!r} for compute capability {capability[0]}.{capability[1]}, {dtype}, "
+        f"head dim {head_dim} and blocks of {block_q} x {block_k}; use variant 'loads'"
+    )
+
+
+def no_descriptor(x: Tensor) -> str | None:
+    """Return why keys or values cannot be read by tensor descriptors, or ``None``.
+
+    Args:
+        x: ``(B, H, S, D)``, last axis contiguous.
+    """
+    odd = [stride for stride in x.stride()[:3] if stride * x.element_size() % 16]
+    if odd:
+        return f"strides must be multiples of 16 bytes, got {odd[0]} elements of {x.element_size()} bytes"
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return "it must not be expanded"
+    if x.data_ptr() % 16:
+        return f"it must begin at a multiple of 16 bytes, got {x.data_ptr() % 16} bytes past one"
+    return None
 
 
 def table_arch(capability: tuple[int, int]) -> int:

@@ -8,11 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...mask import BlockMask
 from .means import dropped_blocks
 from .options import Options
-from .triton_config import Config
+from .triton_config import Config, no_descriptor
 from .triton_means import MEANS_TILE, broadcast_strides, triton_block_means
 
 
@@ -46,49 +47,35 @@ def _add_some(scores, v, acc, total, top, WIDEN: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _attend(
-    q,
-    acc,
-    total,
-    top,
-    k_head,
-    v_head,
+def _read(
+    head_ptr,
     block,
-    within,
-    length,
-    scale,
-    stride_ks,
-    stride_vs,
+    rows,
+    stride,
     dims,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TILE_K: tl.constexpr,
-    RAGGED: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    rows = within + tl.arange(0, TILE_K)
-    real = rows < length
-    if RAGGED:
-        # Padding is read as a copy of the last real key: cheaper than masked loads, and never out of bounds.
-        rows = tl.minimum(rows, tl.maximum(length, 1) - 1)
-    start = block.to(tl.int64) * BLOCK_K
-    k_tile = k_head + start * stride_ks + (rows[:, None] * stride_ks + dims[None, :])
-    v_tile = v_head + start * stride_vs + (rows[:, None] * stride_vs + dims[None, :])
-    k = _load(k_tile, dims, HEAD_DIM, PADDED_DIM)
-    v = _load(v_tile, dims, HEAD_DIM, PADDED_DIM)
+    start = head_ptr + block.to(tl.int64) * BLOCK_K * stride
+    return _load(start + (rows[:, None] * stride + dims[None, :]), dims, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit
+def _read_descriptor(descriptor, batch, head, start, TILE: tl.constexpr, PADDED_DIM: tl.constexpr):
+    # What lies past the head dim is read as zeros.
+    return descriptor.load([batch, head, start, 0]).reshape(TILE, PADDED_DIM)
+
+
+@triton.jit
+def _add_all(q, k, v, acc, total, top, scale, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
-    if RAGGED:
-        scores = tl.where(real[None, :], scores * scale, float("-inf"))
-        return _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
-    else:
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDEN, PRECISION)
-        return acc, total, new_top
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDEN, PRECISION)
+    return acc, total, new_top
 
 
 @triton.jit
@@ -139,6 +126,9 @@ def _block_sparse_fwd_kernel(
     mean_k_ptr,
     mean_v_ptr,
     dropped_ptr,
+    order_ptr,
+    k_descriptor,
+    v_descriptor,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -172,6 +162,7 @@ def _block_sparse_fwd_kernel(
     COMPENSATE: tl.constexpr,
     MEANS_TILE: tl.constexpr,
     MEANS_STAGES: tl.constexpr,
+    VARIANT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -179,14 +170,14 @@ def _block_sparse_fwd_kernel(
     # Masks cost registers; smaller tiles make room for them, or the loop over full blocks would pay with spills.
     RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
     RAGGED_SPLIT: tl.constexpr = BLOCK_K // RAGGED_TILE_K
-    tile = tl.program_id(0)
+    ROW_TILES: tl.constexpr = BLOCK_Q // TILE_Q
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    row = tile // (BLOCK_Q // TILE_Q)
+    row = tl.load(order_ptr + batch * stride_cb + head * stride_ch + tl.program_id(0) // ROW_TILES)
 
     offsets_q = tl.arange(0, TILE_Q)
     dims = tl.arange(0, PADDED_DIM)
-    start_q = tile.to(tl.int64) * TILE_Q
+    start_q = row.to(tl.int64) * BLOCK_Q + tl.program_id(0) % ROW_TILES * TILE_Q
     inside = start_q + offsets_q < tokens_q
     present = inside[:, None] & (dims < HEAD_DIM)[None, :]
 
@@ -196,8 +187,10 @@ def _block_sparse_fwd_kernel(
     v_head = v_ptr + batch * stride_vb + head * stride_vh
     list_ptr = indices_ptr + batch * stride_ib + head * stride_ih + row.to(tl.int64) * stride_iq
     length_ptr = lengths_ptr + batch * stride_lb + head * stride_lh
-    count = tl.load(counts_ptr + batch * stride_cb + head * stride_ch + row)
-    full_count = tl.load(full_counts_ptr + batch * stride_cb + head * stride_ch + row)
+    # The last query block may end before its last tiles begin.
+    begins = start_q < tokens_q
+    count = tl.load(counts_ptr + batch * stride_cb + head * stride_ch + row, mask=begins, other=0)
+    full_count = tl.load(full_counts_ptr + batch * stride_cb + head * stride_ch + row, mask=begins, other=0)
     if count == num_k:
         list_ptr = every_ptr
 
@@ -206,17 +199,27 @@ def _block_sparse_fwd_kernel(
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     for i in tl.range(0, full_count * SPLIT):
         block = tl.load(list_ptr + i // SPLIT)
-        acc, total, top = _attend(
-            q, acc, total, top, k_head, v_head, block, (i % SPLIT) * TILE_K, BLOCK_K, scale, stride_ks, stride_vs,
-            dims, HEAD_DIM, PADDED_DIM, BLOCK_K, TILE_K, False, WIDEN, PRECISION,
-        )  # fmt: skip
+        within = i % SPLIT * TILE_K
+        if VARIANT == "loads":
+            rows = within + tl.arange(0, TILE_K)
+            k = _read(k_head, block, rows, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+            v = _read(v_head, block, rows, stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+        else:
+            start = block * BLOCK_K + within
+            k = _read_descriptor(k_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
+            v = _read_descriptor(v_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
+        acc, total, top = _add_all(q, k, v, acc, total, top, scale, WIDEN, PRECISION)
     for i in tl.range(full_count * RAGGED_SPLIT, count * RAGGED_SPLIT):
         block = tl.load(list_ptr + i // RAGGED_SPLIT)
         length = tl.load(length_ptr + block)
-        acc, total, top = _attend(
-            q, acc, total, top, k_head, v_head, block, (i % RAGGED_SPLIT) * RAGGED_TILE_K, length, scale, stride_ks,
-            stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K, RAGGED_TILE_K, True, WIDEN, PRECISION,
-        )  # fmt: skip
+        rows = i % RAGGED_SPLIT * RAGGED_TILE_K + tl.arange(0, RAGGED_TILE_K)
+        # Padding is read as a copy of the last real key: cheaper than masked loads, and never out of bounds.
+        inner = tl.minimum(rows, tl.maximum(length, 1) - 1)
+        k = _read(k_head, block, inner, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+        v = _read(v_head, block, inner, stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+        scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
+        scores = tl.where((rows < length)[None, :], scores * scale, float("-inf"))
+        acc, total, top = _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
 
     if COMPENSATE:
         mean_head = (batch * tl.num_programs(1) + head) * tl.cdiv(num_k, MEANS_TILE) * MEANS_TILE * HEAD_DIM
@@ -254,7 +257,14 @@ def block_sparse_fwd(
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype and memory order of ``q``, and the natural log-sum-exp,
         ``(B, H, Sq)`` fp32.
+
+    Raises:
+        ValueError: The variant needs tensors that lie otherwise in memory.
     """
+    if config.variant != "loads":
+        reasons = [f"{name}: {reason}" for name, x in (("k", k), ("v", v)) if (reason := no_descriptor(x))]
+        if reasons:
+            raise ValueError(f"variant {config.variant!r} cannot read {'; '.join(reasons)}; use variant 'loads'")
     scale, compensate = options.scale, options.compensate is not None
     if scale < 0:
         # The kernel takes the row maximum before it scales.
@@ -269,7 +279,8 @@ def block_sparse_fwd(
     if compensate:
         mean_k, mean_v = triton_block_means(k, mask).to(k.dtype), triton_block_means(v, mask).to(v.dtype)
         dropped = dropped_blocks(mask).view(torch.int8)
-    _block_sparse_fwd_kernel[(triton.cdiv(tokens, config.tile_q), heads, batch)](
+    row_tiles = mask.block_q // config.tile_q
+    _block_sparse_fwd_kernel[(mask.num_q * row_tiles, heads, batch)](
         q,
         k,
         v,
@@ -283,6 +294,8 @@ def block_sparse_fwd(
         mean_k,
         mean_v,
         dropped,
+        longest_first(mask),
+        *(_descriptor(x, config) for x in (k, v)),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -299,6 +312,20 @@ def block_sparse_fwd(
         **compile_options(config),
     )
     return out, lse
+
+
+def longest_first(mask: BlockMask) -> Tensor:
+    """Order the query blocks of each head by the key blocks they list, most first: ``(B or 1, H or 1, Nq)`` int32.
+
+    Heads stay together, for the cache: only the last programs of the last head run beside idle ones. With equal counts
+    the order is that of the tokens, and no count is looked at outside of the device.
+
+    Args:
+        mask: The blocks.
+    """
+    if "longest_first" not in mask.derived:
+        mask.derived["longest_first"] = mask.counts.contiguous().argsort(dim=-1, descending=True, stable=True).int()
+    return mask.derived["longest_first"]
 
 
 def constants(
@@ -325,9 +352,16 @@ def constants(
         "MEANS_TILE": MEANS_TILE,
         # For small tiles the assembler would rather spill than give up a program per multiprocessor.
         "MEANS_STAGES": 1 if head_dim <= 32 or config.tile_q == 16 else config.num_stages,
+        "VARIANT": config.variant,
         "WIDEN": triton.knobs.runtime.interpret and dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
+
+
+def _descriptor(x: Tensor, config: Config) -> TensorDescriptor | None:
+    if config.variant == "loads":
+        return None
+    return TensorDescriptor.from_tensor(x, [1, 1, config.tile_k, triton.next_power_of_2(x.shape[3])])
 
 
 def compile_options(config: Config) -> dict[str, int | bool]:

@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import CASES, Case, check_against_reference
+
+from fastdit.attention.kernels import block_sparse_attention
+
+HERE = Path(__file__).parent
+
+
+def test_variants_in_the_interpreter():
+    """Runs tests/variant_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "variant_interpreter.py"]
+    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="there is no such CUDA device"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if all(n % 32 == 0 for n in c.blocks)], ids=str)
+def test_descriptors_on_a_gpu(case, dtype, poisoned_empty):
+    check_against_reference(case, dtype, "triton", "cuda", variant="tma")
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_kernels_without_variants_say_so(kernel):
+    case = Case()
+    with pytest.raises(RuntimeError, match="it has no variants, got variant='tma'"):
+        block_sparse_attention(*case.tensors(torch.float32), case.mask(), kernel=kernel, variant="tma")
+
+
+def test_unknown_variant():
+    case = Case()
+    with pytest.raises(ValueError, match="unknown variant 'tna'; variants are: loads, tma"):
+        block_sparse_attention(*case.tensors(torch.float32), case.mask(), variant="tna")
