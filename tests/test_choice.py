@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fastdit.attention import MethodState, get_method, mass, reorder
 from fastdit.attention.kernels import means
+from fastdit.attention.ordered import pattern_of
 from fastdit.attention.reorder import draw_tokens, lay_out, part_scores, pool_laid_out, put_back
 from fastdit.attention.select import pool_blocks
 from fastdit.layout import TokenLayout
@@ -144,6 +146,69 @@ def test_nothing_waits_for_the_device(name, triton, monkeypatch):
         mask = state.mask(found, call)
         assert mask.kept.shape == () and mask.lengths_k.shape == lengths.shape
     assert launched == (METHODS[name] if triton else set())
+
+
+def to_cuda(layout):
+    return replace(layout, index=layout.index.cuda(), inverse=layout.inverse.cuda())
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+
+class TestOnAGpu:
+    """The compiled kernels against what the same calls give without them."""
+
+    pytestmark = ON_GPU
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize(("block", "dim"), [(16, 32), (64, 128), (128, 64), (256, 72)])
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_mass(self, block, dim, dtype, cached, poisoned_empty):
+        tokens = 3 * block - 5
+        q, k = torch.randn(2, 2, tokens, 3, dim, device="cuda").to(dtype).transpose(2, 3).unbind()
+        lengths = torch.tensor([[[block, block // 2, block - 5]]], device="cuda")
+        lse = torch.randn(2, 3, tokens, device="cuda") + 3 if cached else None
+        shapes = {"scale": dim**-0.5, "block": block, "lengths_q": lengths, "lengths_k": lengths}
+        found, expected = mass.block_mass(q, k, lse, **shapes), mass.block_mass(q.double(), k.double(), lse, **shapes)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(("spec", "heads"), list(itertools.product(SPECS, (1, 3))), ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_orders_and_means(self, spec, heads, dtype, poisoned_empty):
+        layout = layout_of(spec, heads)
+        tensors = torch.randn(3, 2, 3, spec.num_tokens, 72).to(dtype).unbind()
+        laid_out = lay_out(to_cuda(layout), *(x.cuda() for x in tensors))
+        for x, found in zip(tensors, laid_out, strict=True):
+            assert torch.equal(found.cpu(), layout.apply(x))
+            assert torch.equal(put_back(to_cuda(layout), found).cpu(), x)
+            for parts in (1, 4):
+                means = pool_laid_out(to_cuda(layout), x.cuda(), parts=parts)
+                torch.testing.assert_close(means.cpu(), pool_laid_out(layout, x, parts=parts))
+
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
+    def test_lists(self, spec):
+        layout = layout_of(spec, 1)
+        video = layout.video_blocks
+        blocks = torch.rand(2, 3, video, video).argsort(-1) < torch.tensor([0, 3, video])[torch.arange(video) % 3, None]
+        found = pattern_of(to_cuda(layout), blocks.cuda(), max_count=3).mask
+        expected = pattern_of(layout, blocks, max_count=3).mask
+        for name in ("counts", "full_counts", "every", "kept"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+        assert torch.equal(found.to_dense().cpu(), expected.to_dense())
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_nothing_waits(self, name):
+        """CUDA itself raises where the host would wait."""
+        spec = TokenSpec(VideoGrid(3, 9, 11), 19)
+        q, k, v = torch.randn(3, 1, 4, spec.num_tokens, 64, device="cuda").bfloat16().unbind()
+        method, call, state = get_method(name), AttentionCall(spec), MethodState()
+        for _ in range(2):
+            method.forward(q, k, v, call, state)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            method.forward(q, k, v, call, state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_longest_rows_are_looked_up_only_where_no_bound_is_known():
