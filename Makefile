@@ -53,6 +53,19 @@ test: $(VENV)/.ready-dev  ## Run all tests
 test-fast: $(VENV)/.ready-dev  ## Run the tests that take seconds
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow" $(ARGS)
 
+# The Triton of the oldest PyTorch that is supported on a GPU; it compiles beside any PyTorch.
+OLD_TRITON := 3.6.0
+OLD_TRITON_AT := $(abspath $(VENV))/triton-$(OLD_TRITON)
+
+$(OLD_TRITON_AT)/.ready: $(VENV)/.ready-dev
+	$(PY) -m pip install --disable-pip-version-check --no-deps --target $(OLD_TRITON_AT) triton==$(OLD_TRITON)
+	@touch $@
+
+.PHONY: gate
+gate: $(OLD_TRITON_AT)/.ready  ## Compile the Triton kernels with an older Triton (`make test` does so with the installed one)
+	PYTHONPATH=$(OLD_TRITON_AT) $(PY) -c 'import triton; assert triton.__version__ == "$(OLD_TRITON)", triton'
+	PYTHONPATH=$(OLD_TRITON_AT) $(PY) -m pytest tests/test_kernels_compile.py $(ARGS)
+
 .PHONY: style
 style: $(VENV)/.ready-dev  ## Format the code and mend what can be mended
 	$(PY) -m ruff format .

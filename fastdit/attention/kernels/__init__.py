@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...mask import BlockMask
+from .lists import check_lists, lists_are_checked
 from .options import PRECISIONS, Options
 
 _AUTOMATIC = ("triton", "cpu")
@@ -39,7 +40,8 @@ def block_sparse_attention(
     """Compute the attention of listed blocks.
 
     Gradients flow through the output to q, k and v; the log-sum-exp carries them only with ``kernel="reference"``.
-    Rows of padding queries hold finite numbers without meaning.
+    Rows of padding queries hold finite numbers without meaning. The lists of the mask are trusted, unless the
+    environment says ``FASTDIT_CHECK_LISTS=1``.
 
     Args:
         q: ``(B, H, Sq, D)`` queries, in the order of the mask, last axis contiguous.
@@ -52,7 +54,8 @@ def block_sparse_attention(
         compensate: ``"mean"``: each block that is not listed counts as one key, the mean of its real keys, with the
             weight of as many, and with their mean value, also in rows that list nothing. Default: it is left out.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision, as ``quantize.py`` defines them, without
-            gradients; default: that of the inputs.
+            gradients; default: that of the inputs. It gains little at head dims up to 64, where exponentials take as
+            long as products.
         variant: How the kernel reads full blocks, for tests and tuning: one of ``options.VARIANTS``; default: what its
             table says.
 
@@ -66,6 +69,8 @@ def block_sparse_attention(
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
     check_inputs(q, k, v, mask)
+    if lists_are_checked():
+        check_lists(mask)
     options = Options(q.shape[-1] ** -0.5 if scale is None else scale, compensate, precision, variant)
     return _module(_choose(q, k, v, mask, options, kernel)).run(q, k, v, mask, options)
 
