@@ -64,7 +64,9 @@ def methods(grid: tuple[int, int, int]) -> list[Setting]:
                     Setting("adaspa", density, order, how | {"density": density}, SEARCH),
                     Setting("sla", density, order, how | {"density": density}),
                 ]
-            rows.append(Setting("draft", density, "tile", extra | {"density": density, "tile": (4, 4, 4)}))
+            draft = extra | {"density": density, "tile": (4, 4, 4)}
+            rows.append(Setting("draft", density, "tile", draft))
+            rows.append(Setting("draft", density, "tile, per row", draft | {"per_row": True}))
             rows.append(Setting("paro", density, "axes", extra))
     return rows
 
@@ -78,7 +80,7 @@ def reuse(grid: tuple[int, int, int]) -> list[Setting]:
     return [
         Setting(method, 0.2, "tile", fields, Schedule(warmup_steps=dense_steps, refresh_steps=refresh), steps=30)
         for method, dense_steps, fields in (
-            ("draft", 9, {"density": 0.2, "tile": (4, 4, 4), "compensate": "mean"}),
+            ("draft", 9, {"density": 0.2, "tile": (4, 4, 4), "per_row": True, "compensate": "mean"}),
             ("adaspa", 8, {"density": 0.2, "order": "tile", "compensate": "mean"}),
         )
         for refresh in (1, 4, 10, 30)

@@ -69,7 +69,13 @@ def test_handle_counts():
     assert "No attention call so far" in handle.summary()
     tiny.run(pipe, steps=4)
     report = json.loads(json.dumps(handle.report()))
-    assert report["method"] == {"name": "draft", "compensate": None, "density": 0.4, "tile": [1, 4, 4]}
+    assert report["method"] == {
+        "name": "draft",
+        "compensate": "mean",
+        "density": 0.4,
+        "tile": [1, 4, 4],
+        "per_row": True,
+    }
     assert report["schedule"]["warmup_steps"] == 1
     first, last = report["layers"]
     assert first["layer"] == "blocks.0.attn1" and first["calls"] == 8 and first["sparse_calls"] == 4
@@ -84,7 +90,7 @@ def test_handle_counts():
     )
     summary = handle.summary()
     for text in (
-        "draft (density=0.4",
+        "draft (compensate=mean, density=0.4",
         "blocks.1.attn1",
         "8 dense layer",
         "2 warm-up step",
@@ -191,7 +197,7 @@ def test_preset_of_a_pipeline():
     [
         ("wan", 5120, None, 1, {"density": 0.25, "compensate": "mean"}),
         ("wan", 1536, None, 1, {"density": 0.4, "compensate": "mean"}),
-        ("wan", 128, None, 1, {"density": 0.2, "tile": (4, 4, 4)}),
+        ("wan", 128, None, 1, {"density": 0.2, "tile": (4, 4, 4), "per_row": True, "compensate": "mean"}),
         ("hunyuan_video", 3072, None, 1, {"density": 0.1, "compensate": "mean"}),
         ("ltx", 2048, None, 1, {"density": 0.4, "compensate": "mean"}),
         ("hunyuan_video", 3072, "radial", 1, {"decay": 0.95, "sink": False}),

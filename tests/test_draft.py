@@ -38,6 +38,20 @@ def test_exact_grids_follow_the_paper(density):
             assert torch.equal(blocks[b, h], expected | own)
 
 
+@pytest.mark.parametrize("tile", [(1, 4, 4), (4, 2, 2)], ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.3])
+def test_per_row_every_tile_keeps_equally_many(density, tile):
+    spec = TokenSpec(VideoGrid(5, 6, 10))
+    q, k = structured(spec)
+    pattern = get_method("draft", density=density, tile=tile, per_row=True).pattern(
+        q, k, AttentionCall(spec), MethodState()
+    )
+    blocks, sizes = pattern.mask.to_dense(), tile_sizes(spec.grid, tile)
+    scores = pool_tiles(q, spec.grid, tile) @ pool_tiles(k, spec.grid, tile).mT / 4 + sizes.log()
+    count = math.floor(density * len(sizes) + 0.5)
+    assert torch.equal(blocks, torch.zeros_like(blocks).scatter(-1, scores.topk(count).indices, True))
+
+
 @pytest.mark.parametrize("tile", [(1, 4, 4), (1, 3, 5), (2, 4, 4), (4, 2, 3), (1, 8, 16)], ids=str)
 @pytest.mark.parametrize("grid", [VideoGrid(3, 9, 11), VideoGrid(1, 7, 6), VideoGrid(4, 8, 16)], ids=str)
 def test_pooling_is_the_mean_of_the_tokens_a_tile_has(grid, tile):

@@ -11,7 +11,7 @@ from ..layout import TokenLayout, tile_order
 from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_density, register
 from .ordered import pattern_of
-from .select import by_heads, keep_top_fraction, pool_tiles
+from .select import by_heads, keep_top_fraction, keep_top_k, pool_tiles, top_count
 from .state import MethodState
 
 
@@ -27,6 +27,7 @@ class Draft(BlockMethod):
     Args:
         density: Fraction of tile pairs to keep, in (0, 1]. The paper keeps 0.25 (Wan 2.1) and 0.1 (HunyuanVideo).
         tile: ``(frames, height, width)`` tokens of a tile, at most 256 in all; (1, 8, 16) in the paper.
+        per_row: Keep the fraction in each row of the map, so that all tiles get equally many keys; not in the paper.
 
     Raises:
         ValueError: ``density`` is outside (0, 1], or a tile has no tokens or more than 256.
@@ -36,6 +37,7 @@ class Draft(BlockMethod):
 
     density: float = 0.25
     tile: tuple[int, int, int] = (1, 8, 16)
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,12 +78,15 @@ class Draft(BlockMethod):
 
         def choose(part: slice) -> Tensor:
             logits = draft_q[:, part] @ draft_k[:, part].mT * scale + log_sizes
+            if self.per_row:
+                return keep_top_k(logits, top_count(self.density, tiles))
             # the order of the softmax itself, which would underflow to ties
             return keep_top_fraction(logits.log_softmax(-1), self.density)
 
         batch, heads, tiles, _ = draft_k.shape
         # of a share of the whole map a row may get any number
-        return pattern_of(layout, by_heads(choose, heads, batch * tiles**2), max_count=tiles)
+        max_count = top_count(self.density, tiles) if self.per_row else tiles
+        return pattern_of(layout, by_heads(choose, heads, batch * tiles**2), max_count=max_count)
 
     def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor]:
         order, sizes = tile_order(call.tokens.grid, self.tile)
