@@ -48,8 +48,12 @@ def measure(pipeline: Any, setting: Setting, prompt: str, seed: int, dense: np.n
         seed: Of the noise.
         dense: ``(F, H, W, 3)`` fp32 in [0, 1], the dense clip.
     """
-    fields = setting.fields | calibrated(pipeline, setting)
-    with fastdit.sparse_attention(pipeline, setting.method, schedule=setting.schedule, **fields) as handle:
+    if setting.method == "plan":
+        sparse = fastdit.sparse_attention(pipeline, setting.fields["path"])
+    else:
+        fields = setting.fields | calibrated(pipeline, setting)
+        sparse = fastdit.sparse_attention(pipeline, setting.method, schedule=setting.schedule, **fields)
+    with sparse as handle:
         frames = make_clip(pipeline, prompt, seed, setting.steps)
         density, overall = handle.density, handle.overall_density
     reference, video = torch.from_numpy(dense), torch.from_numpy(frames)
@@ -76,6 +80,7 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, max=len(PROMPTS), help="How many prompts.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each.")] = 1,
     density: Annotated[float | None, typer.Option(help="Only settings of this density.")] = None,
+    skip: Annotated[int, typer.Option(min=0, help="How many prompts to leave out first.")] = 0,
 ) -> None:
     """Compare methods with dense on the demo.
 
@@ -85,12 +90,13 @@ def main(
         prompts: How many prompts, at least 1.
         seeds: Seeds of each, at least 1.
         density: Only settings of this density, in (0, 1].
+        skip: How many prompts to leave out first, at least 0.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     settings = [s for s in SUITES[suite](GRID) if density in (None, s.density)][rank::world]
-    pairs = [(prompt, seed) for prompt in PROMPTS[:prompts] for seed in range(seeds)]
+    pairs = [(prompt, seed) for prompt in PROMPTS[skip : skip + prompts] for seed in range(seeds)]
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     done = {(row["setting"], row["prompt"], row["seed"]) for row in rows}
     pipeline = load_pipeline()

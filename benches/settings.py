@@ -87,6 +87,28 @@ def reuse(grid: tuple[int, int, int]) -> list[Setting]:
     ]
 
 
+def search(grid: tuple[int, int, int]) -> list[Setting]:
+    """List searched plans beside the methods with one setting for all heads, at equal densities and dense steps.
+
+    The plans are ``build/benches/plan-0.2.json`` and ``plan-0.3.json``, as ``fastdit search`` writes them.
+
+    Args:
+        grid: Not used.
+    """
+    rows = []
+    for density in (0.2, 0.3):
+        tiles = {"density": density, "tile": (4, 4, 4), "compensate": "mean"}
+        early = Schedule(warmup_steps=0.2)
+        rows += [
+            Setting("plan", density, "searched", {"path": f"build/benches/plan-{density}.json"}),
+            Setting("draft", density, "tile, per row", tiles | {"per_row": True}, early),
+            Setting("draft", density, "tile", tiles, early),
+            Setting("sla", density, "tile", tiles | {"order": "tile"}, early),
+            Setting("adaspa", density, "tile", tiles | {"order": "tile"}, Schedule(warmup_steps=0.1, refresh_steps=(0.1, 0.6))),
+        ]
+    return rows
+
+
 @cache
 def radial_fields(grid: tuple[int, int, int], density: float, order: str) -> dict[str, Any]:
     """Find the fields with which radial attention comes nearest to a density.
@@ -106,4 +128,8 @@ def radial_fields(grid: tuple[int, int, int], density: float, order: str) -> dic
     return best[1]
 
 
-SUITES: dict[str, Callable[[tuple[int, int, int]], list[Setting]]] = {"methods": methods, "reuse": reuse}
+SUITES: dict[str, Callable[[tuple[int, int, int]], list[Setting]]] = {
+    "methods": methods,
+    "reuse": reuse,
+    "search": search,
+}

@@ -1,4 +1,4 @@
-"""Put measured comparisons into docs/methods.md: ``python docs/compare.py``.
+"""Put measured comparisons into the pages of this folder: ``python docs/compare.py``.
 
 The rows are those that ``python -m benches.quality`` writes to ``benches/results/``.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "methods.md"
 RESULTS = ROOT / "benches" / "results"
 
 
@@ -36,9 +35,9 @@ def settings(rows: list[dict]) -> list[dict]:
     return [average(group) for group in found.values()]
 
 
-def methods_table() -> str:
-    """Return the comparison at equal density."""
-    rows = settings(read("demo-methods.jsonl"))
+def methods_table(name: str) -> str:
+    """Return a comparison at equal density."""
+    rows = settings(read(name))
     names = ("asked", "method", "order", "compensate", "density", "over all steps", "PSNR", "SSIM", "prompt", "clips")
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in sorted(rows, key=lambda row: (row["asked"], -row["psnr"])):
@@ -49,9 +48,9 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
-def reuse_table() -> str:
+def reuse_table(name: str) -> str:
     """Return what reusing masks costs."""
-    rows = settings(read("demo-reuse.jsonl"))
+    rows = settings(read(name))
     names = {1: "every step", 30: "never"}
     lines = ["| method | masks rebuilt | density | PSNR | SSIM | clips |", "|" + "---|" * 6]
     for row in rows:
@@ -72,11 +71,15 @@ def fill(text: str, name: str, table: str) -> str:
 
 def main() -> None:
     """Fill the tables of which there are results."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("methods", methods_table), ("reuse", reuse_table)):
+    for page, name, table in (
+        ("methods.md", "methods", methods_table),
+        ("methods.md", "reuse", reuse_table),
+        ("search.md", "search", methods_table),
+    ):
         if (RESULTS / f"demo-{name}.jsonl").exists():
-            text = fill(text, name, table())
-    PAGE.write_text(text, encoding="utf-8")
+            path = ROOT / "docs" / page
+            text = fill(path.read_text(encoding="utf-8"), name, table(f"demo-{name}.jsonl"))
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
