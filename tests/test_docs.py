@@ -96,8 +96,11 @@ def test_commands_and_options_exist():
                 assert {w for w in words[1:2] if "=" not in w} <= targets, line
             if words[:1] == ["fastdit"]:
                 seen += 1
-                options = {o for p in commands[words[1]].params for o in p.opts} | {"--help"}
-                assert {w for w in words[2:] if w.startswith("-")} <= options, line
+                command, rest = commands[words[1]], words[2:]
+                if hasattr(command, "commands"):
+                    command, rest = command.commands[rest[0]], rest[1:]
+                options = {o for p in command.params for o in p.opts} | {"--help"}
+                assert {w for w in rest if w.startswith("-")} <= options, line
     assert seen >= 4
 
 

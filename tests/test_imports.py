@@ -24,7 +24,8 @@ ORDER = (
     {""},  # fastdit/__init__.py
     {"demo"},
     {"bench"},
-    {"cli", "benches"},
+    {"cli"},
+    {"benches"},
     {"__main__"},
 )
 MAY_IMPORT = {  # packages that only some parts of fastdit know

@@ -96,7 +96,10 @@ def markdown(rows: Sequence[Row]) -> str:
     Args:
         rows: The rows.
     """
-    lines = [f"Measured on {run['device']}{_threads(run)}, torch {run['versions'].get('torch')}." for run in runs(rows)]
+    places = (
+        f"Measured on {run['device']}{_threads(run)}, torch {run['versions'].get('torch')}." for run in runs(rows)
+    )
+    lines = list(dict.fromkeys(places))
     for part in tables(rows):
         lines += ["", f"### {part['title']}", "", part["note"]]
         for group in part["groups"]:

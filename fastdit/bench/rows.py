@@ -28,7 +28,8 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         device: Where it runs, as torch names it.
         seed: Of all that is random in it.
     """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
+    cpu = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
