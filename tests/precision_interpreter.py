@@ -171,6 +171,12 @@ def test_reasons(dtype, block, precision, reason):
         choose_kernel(*case.tensors(dtype), case.mask(), "triton", precision=precision)
 
 
+def test_there_are_no_variants():
+    case = Case()
+    with pytest.raises(RuntimeError, match="precision='int8' has no variants, got variant='loads'"):
+        block_sparse_attention(*case.tensors(FP16), case.mask(), kernel="triton", precision="int8", variant="loads")
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 def test_offsets_do_not_overflow(precision, tmp_path):
     """Keys and values whose tokens lie so far apart that the last one is 2**32 elements away, in a file with holes."""

@@ -51,13 +51,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return f"it takes blocks of a multiple of 16 tokens, got {mask.block_q} and {mask.block_k}"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
+    if options.variant is not None and options.precision is not None:
+        return f"precision={options.precision!r} has no variants, got variant={options.variant!r}"
     if options.precision is not None:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
         return int8_reason(capability, q.dtype, options.precision, mask.block_k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "it has no backward yet; use torch.no_grad(), or kernel='reference', which has one"
-    if options.variant is not None and options.precision is not None:
-        return f"precision={options.precision!r} has no variants, got variant={options.variant!r}"
     if options.variant == "tma":
         if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
             return "variant 'tma' needs compute capability 9.0 or later"

@@ -275,8 +275,9 @@ def quantize_constants(head_dim: int, block: int) -> dict[str, int]:
         block: Tokens in a block of the mask, a multiple of 16.
     """
     padded = max(_MIN_DIM, triton.next_power_of_2(head_dim))
-    # The largest power of two that divides the block: then no tile has rows of the next block.
-    return {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK": block, "TILE": min(block & -block, 128)}
+    # Powers of two that divide the block. One that is no tile as a whole is read twice, and tiles of 128 would spill.
+    tile = block if block in (16, 32, 64, 128) else min(block & -block, 64)
+    return {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK": block, "TILE": tile}
 
 
 def quantize_options() -> dict[str, int | bool]:
