@@ -94,13 +94,11 @@ def test_absent_contenders_say_why():
     mask = CASES[0].mask()
     reasons = {}
     for contender in KNOWN.values():
-        if contender.name.startswith("flex"):
-            continue  # compiles
         try:
             prepare(contender, q, k, v, mask)
         except Unavailable as error:
             reasons[contender.name] = str(error)
-    assert {"sdpa-cudnn", "fa3", "fa4", "natten", "sparge"} <= set(reasons)
+    assert {"sdpa-cudnn", "fa3", "fa4", "natten", "sparge", "flex", "flex-dense"} <= set(reasons)
     assert all(reasons.values())
 
     def broken(*_):

@@ -189,9 +189,15 @@ def _natten(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     return lambda: attention(a, b, c).transpose(1, 2)
 
 
+def _compiles(q: Tensor) -> None:
+    if q.device.type != "cuda":
+        raise Unavailable("its C++ takes minutes to compile; it is timed on CUDA devices")
+
+
 def _flex_dense(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
+    _compiles(q)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v)
 
@@ -199,6 +205,7 @@ def _flex_dense(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
+    _compiles(q)
     blocks = flex_mask(mask, q.shape[2], k.shape[2])
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=blocks)
