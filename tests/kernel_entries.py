@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from choice_entries import CHOICE
 from kernel_compile import TENSOR_CORES, TYPES, Entry
+from precision_entries import PRECISION
 
 from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, TABLE_SINGLE_MEANS, Config
 from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, compile_options, constants
@@ -91,7 +92,7 @@ def block_means() -> Iterator[Entry]:
             )
 
 
-KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE)
+KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE, *PRECISION)
 
 
 def entries() -> dict[str, Entry]:
