@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from backward_entries import BACKWARD
 from choice_entries import CHOICE
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 from precision_entries import PRECISION
@@ -92,7 +93,7 @@ def block_means() -> Iterator[Entry]:
             )
 
 
-KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE, *PRECISION)
+KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE, *BACKWARD, *PRECISION)
 
 
 def entries() -> dict[str, Entry]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...mask import BlockMask
 from .device import launching_on
 from .options import Options
+from .triton_bwd_config import choose_backward
 from .triton_config import choose_config, no_descriptor
 from .triton_int8_config import choose_int8_config, int8_reason
 
@@ -54,12 +57,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
     if options.variant is not None and options.precision is not None:
         return f"precision={options.precision!r} has no variants, got variant={options.variant!r}"
     if options.precision is not None:
-        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-        return int8_reason(capability, q.dtype, options.precision, mask.block_k)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "it has no backward yet; use torch.no_grad(), or kernel='reference', which has one"
+        return int8_reason(_capability(q), q.dtype, options.precision, mask.block_k)
     if options.variant == "tma":
-        if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+        if q.is_cuda and _capability(q) < (9, 0):
             return "variant 'tma' needs compute capability 9.0 or later"
         reasons = [f"{name}: {reason}" for name, x in (("k", k), ("v", v)) if (reason := no_descriptor(x)) is not None]
         if reasons:
@@ -68,7 +68,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks.
+    """Compute the attention of listed blocks; the backward computes the weights again instead of keeping them.
 
     Args:
         q: ``(B, H, Sq, D)`` queries, last axis contiguous.
@@ -78,26 +78,50 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
         options: How.
 
     Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32.
+        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32, which
+        carries no gradient.
     """
-    from .triton_fwd import block_sparse_fwd
+    if options.precision is None:
+        return _BlockSparse.apply(mask, options, q, k, v)  # type: ignore[return-value]
+    from .triton_int8 import int8_fwd
 
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    if options.precision is not None:
-        from .triton_int8 import int8_fwd
+    low = choose_int8_config(_capability(q), q.shape[3], options.precision, mask.block_q, mask.block_k)
+    with launching_on(q.device):
+        return int8_fwd(q, k, v, mask, options, low)
 
-        low = choose_int8_config(capability, q.shape[3], options.precision, mask.block_q, mask.block_k)
+
+class _BlockSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: BlockMask, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        from .triton_fwd import block_sparse_fwd
+
+        q, k, v = tensors
+        compensate = options.compensate is not None
+        # What the table prefers may need tensors that lie otherwise in memory.
+        variant = options.variant or ("loads" if no_descriptor(k) or no_descriptor(v) else None)
+        blocks = (mask.block_q, mask.block_k)
+        config = choose_config(_capability(q), q.shape[3], q.dtype, *blocks, compensate=compensate, variant=variant)
         with launching_on(q.device):
-            return int8_fwd(q, k, v, mask, options, low)
-    compensate = options.compensate is not None
-    # What the table prefers may need tensors that lie otherwise in memory.
-    variant = options.variant or ("loads" if no_descriptor(k) or no_descriptor(v) else None)
-    blocks = (mask.block_q, mask.block_k)
-    config = choose_config(capability, q.shape[3], q.dtype, *blocks, compensate=compensate, variant=variant)
-    if not q.is_cuda:
-        return block_sparse_fwd(q, k, v, mask, options, config)
-    with torch.cuda.device(q.device):
-        return block_sparse_fwd(q, k, v, mask, options, config)
+            out, lse = block_sparse_fwd(q, k, v, mask, options, config)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask, ctx.options = mask, options
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from .triton_bwd import block_sparse_bwd
+
+        q, k, v, *results = ctx.saved_tensors
+        mask, options = ctx.mask, ctx.options
+        config = choose_backward(_capability(q), q.shape[3], q.dtype, mask.block_q, mask.block_k)
+        with launching_on(q.device):
+            return None, None, *block_sparse_bwd((q, k, v), tuple(results), grads[0], mask, options, config)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
 def _interpreted() -> bool:
