@@ -65,7 +65,7 @@ def methods(grid: tuple[int, int, int]) -> list[Setting]:
                     Setting("sla", density, order, how | {"density": density}),
                 ]
             draft = extra | {"density": density, "tile": (4, 4, 4)}
-            rows.append(Setting("draft", density, "tile", draft))
+            rows.append(Setting("draft", density, "tile", draft | {"per_row": False}))
             rows.append(Setting("draft", density, "tile, per row", draft | {"per_row": True}))
             rows.append(Setting("paro", density, "axes", extra))
     return rows
@@ -98,13 +98,13 @@ def search(grid: tuple[int, int, int]) -> list[Setting]:
     rows = []
     for density in (0.2, 0.3):
         tiles = {"density": density, "tile": (4, 4, 4), "compensate": "mean"}
-        early = Schedule(warmup_steps=0.2)
+        early, first = Schedule(warmup_steps=0.2), Schedule(warmup_steps=0.1, refresh_steps=(0.1, 0.6))
         rows += [
             Setting("plan", density, "searched", {"path": f"build/benches/plan-{density}.json"}),
             Setting("draft", density, "tile, per row", tiles | {"per_row": True}, early),
-            Setting("draft", density, "tile", tiles, early),
+            Setting("draft", density, "tile", tiles | {"per_row": False}, early),
             Setting("sla", density, "tile", tiles | {"order": "tile"}, early),
-            Setting("adaspa", density, "tile", tiles | {"order": "tile"}, Schedule(warmup_steps=0.1, refresh_steps=(0.1, 0.6))),
+            Setting("adaspa", density, "tile", tiles | {"order": "tile"}, first),
         ]
     return rows
 

@@ -197,7 +197,7 @@ def test_preset_of_a_pipeline():
     [
         ("wan", 5120, None, 1, {"density": 0.25, "compensate": "mean"}),
         ("wan", 1536, None, 1, {"density": 0.4, "compensate": "mean"}),
-        ("wan", 128, None, 1, {"density": 0.2, "tile": (4, 4, 4), "per_row": True, "compensate": "mean"}),
+        ("wan", 128, None, 1, {"density": 0.17, "tile": (4, 4, 4), "per_row": True, "compensate": "mean"}),
         ("hunyuan_video", 3072, None, 1, {"density": 0.1, "compensate": "mean"}),
         ("ltx", 2048, None, 1, {"density": 0.4, "compensate": "mean"}),
         ("hunyuan_video", 3072, "radial", 1, {"decay": 0.95, "sink": False}),

@@ -47,6 +47,7 @@ _CUBES = {"tile": (4, 4, 4), "per_row": True}
 
 # Draft's code goes by noise level, which for the models it knows is 20 to 30 % of the steps; the paper says 25 %.
 _QUARTER = Schedule(warmup_steps=0.25, dense_layers=(0,))
+_DEMO_STEPS = Schedule(warmup_steps=0.2, refresh_steps=2)
 _TWO_LAYERS = Schedule(warmup_steps=0.25, dense_layers=(0, 1))
 
 PRESETS: tuple[Preset, ...] = (

@@ -153,14 +153,14 @@ def _head_blocks(tensors: list[Tensor], mask: BlockMask, plan: Plan, b: int, h: 
     shape = torch.broadcast_shapes(mask.indices.shape[:2], mask.lengths_k.shape[:2])
     head = (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0)
     dropped, sizes = (x.expand(*shape, *x.shape[2:])[head] for x in (dropped_blocks(mask), log_sizes(mask, dtype)))
-    bias = torch.where(dropped[plan.order], sizes, -torch.inf)
+    bias = torch.where(_reorder(dropped, plan), sizes, -torch.inf)
     bias = pad(bias, (0, len(more_keys) * mask.block_k - mask.num_k), value=-torch.inf)
     return _Blocks(torch.cat([keys, more_keys]), torch.cat([values, more_values]), bias)
 
 
 def _head_forward(q: Tensor, blocks: _Blocks, plan: Plan, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     dim = q.shape[1]
-    queries = _blocks(q, mask.block_q).index_select(0, plan.order)
+    queries = _reorder(_blocks(q, mask.block_q), plan)
     lse = torch.full_like(queries[..., 0], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     out = torch.zeros_like(queries)
     workspace = q.new_empty(2, _workspace(plan, blocks))
@@ -182,8 +182,8 @@ def _head_forward(q: Tensor, blocks: _Blocks, plan: Plan, mask: BlockMask, scale
 def _head_backward(tensors: list[Tensor], blocks: _Blocks, plan: Plan, mask: BlockMask, scale: float) -> list[Tensor]:
     q, out, lse, grad = tensors
     dim = q.shape[1]
-    queries, outs, grads = (_blocks(x, mask.block_q).index_select(0, plan.order) for x in (q, out, grad))
-    lses = _blocks(lse[:, None], mask.block_q).index_select(0, plan.order)
+    queries, outs, grads = (_reorder(_blocks(x, mask.block_q), plan) for x in (q, out, grad))
+    lses = _reorder(_blocks(lse[:, None], mask.block_q), plan)
     # A row that attends to nothing at all must come out as 0, not as -inf minus -inf.
     lses = lses.where(lses > -torch.inf, 0)
     dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (queries, blocks.keys, blocks.values))
@@ -212,11 +212,16 @@ def _head_backward(tensors: list[Tensor], blocks: _Blocks, plan: Plan, mask: Blo
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
-    return pad(x, (0, 0, 0, -len(x) % block)).contiguous().unflatten(0, (-1, block))
+    missing = -len(x) % block
+    return (pad(x, (0, 0, 0, missing)) if missing else x).contiguous().unflatten(0, (-1, block))
+
+
+def _reorder(x: Tensor, plan: Plan) -> Tensor:
+    return x if plan.identity else x.index_select(0, plan.order)
 
 
 def _restore(x: Tensor, plan: Plan, tokens: int) -> Tensor:
-    return x.index_select(0, plan.inverse).flatten(0, 1)[:tokens]
+    return (x if plan.identity else x.index_select(0, plan.inverse)).flatten(0, 1)[:tokens]
 
 
 def _chunks(plan: Plan, blocks: _Blocks) -> Iterator[_Chunk]:

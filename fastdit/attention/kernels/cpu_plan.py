@@ -39,11 +39,13 @@ class Plan:
         order: ``(Nq,)`` int64, the query blocks in the order in which they run.
         inverse: ``(Nq,)`` int64, the position of each query block in that order.
         groups: The groups, in that order.
+        identity: Whether the order is the mask's own.
     """
 
     order: Tensor
     inverse: Tensor
     groups: list[Group]
+    identity: bool
 
 
 def head_plans(mask: BlockMask) -> list[list[Plan]]:
@@ -77,12 +79,14 @@ def _plan_head(indices: Tensor, lengths: Tensor, block_k: int) -> Plan:
     starts = shared.cumsum(0) - shared
     lengths = lengths[by_list[starts]]
     counts = (lengths > 0).sum(-1)
-    biased = ((lengths > 0) & (lengths < block_k)).sum(-1) > 1
+    # Where one list needs a bias all get one, so that lists of as many blocks stay together.
+    biased = (((lengths > 0) & (lengths < block_k)).sum(-1) > 1).any().expand_as(counts)
     keys = torch.where(biased, counts * block_k, lengths.sum(-1))
     kinds, member = torch.stack([shared, keys, biased], 1).unique(dim=0, return_inverse=True)
     groups, order, start = [], [], 0
     for i, (share, used, bias) in enumerate(kinds.tolist()):
         rows = (member == i).nonzero()[:, 0]
+        rows = rows[by_list[starts[rows]].argsort()]
         listed = lists[rows, : counts[rows[0]]].contiguous()
         added = None
         if bias:
@@ -93,4 +97,4 @@ def _plan_head(indices: Tensor, lengths: Tensor, block_k: int) -> Plan:
         order.append(by_list[starts[rows][:, None] + torch.arange(share)].flatten())
         start += len(order[-1])
     order = torch.cat(order)
-    return Plan(order, order.argsort(), groups)
+    return Plan(order, order.argsort(), groups, bool((order.diff() == 1).all()))

@@ -43,7 +43,7 @@ def means_of_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
         return triton_means_of_blocks(x, block, lengths)
     x = pad(x, (0, 0, 0, lengths.shape[-1] * block - x.shape[2])).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= lengths[..., None]
-    sums = x.masked_fill(padding[..., None], 0).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = torch.where(padding[..., None], 0, x).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
     return sums / lengths.clamp(min=1).to(sums)[..., None]
 
 
