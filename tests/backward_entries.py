@@ -15,7 +15,7 @@ from fastdit.attention.kernels.triton_bwd import (
     list_constants,
     rows_constants,
 )
-from fastdit.attention.kernels.triton_bwd_config import DKDV_TABLE, DQ_TABLE
+from fastdit.attention.kernels.triton_bwd_config import DKDV_TABLE, DQ_TABLE, MEANS_TABLE
 from fastdit.attention.kernels.triton_bwd_means import _means_kernel
 from fastdit.attention.kernels.triton_bwd_tiles import tile_constants
 from fastdit.attention.kernels.triton_config import Config
@@ -28,7 +28,7 @@ SINGLE = ("log_total_ptr", "delta_ptr", "lse_ptr", "mean_dk_ptr", "mean_dv_ptr")
 
 def backward() -> Iterator[Entry]:
     """Yield the kernels for queries, for keys and values, and for means."""
-    for table, kind in ((DQ_TABLE, "dq"), (DKDV_TABLE, "dkdv"), (DKDV_TABLE, "dmeans")):
+    for table, kind in ((DQ_TABLE, "dq"), (DKDV_TABLE, "dkdv"), (MEANS_TABLE, "dmeans")):
         for (arch, dim, bits), configs in table.items():
             dtype = BF16 if bits == 16 else FP32
             for rank, config in enumerate(configs):

@@ -68,7 +68,7 @@ def test_blocks_larger_than_tiles(dq, dkdv, compensate, poisoned_empty):
     grad = torch.randn_like(tensors[0])
     expected = torch.autograd.grad(results[0], tensors, grad)
     tensors, results = tuple(x.detach() for x in tensors), tuple(x.detach() for x in results)
-    config = BackwardConfig(Config(*dq, 4, 2), Config(*dkdv, 4, 2))
+    config = BackwardConfig(*(Config(*tiles, 4, 2) for tiles in (dq, dkdv, dkdv)))
     actual = block_sparse_bwd(tensors, results, grad, mask, options, config)
     torch.testing.assert_close(actual, expected)
 

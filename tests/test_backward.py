@@ -83,5 +83,5 @@ def test_some_tiles_fit_any_block(capability, dtype):
         for block in (16, 32, 48, 64, 128, 256, 384):
             for blocks in ((block, 16), (16, block), (block, block)):
                 config = choose_backward(capability, dim, dtype, *blocks)
-                for tiles in (config.dq, config.dkdv):
+                for tiles in (config.dq, config.dkdv, config.means):
                     assert blocks[0] % tiles.tile_q == 0 and blocks[1] % tiles.tile_k == 0

@@ -344,7 +344,7 @@ def block_sparse_bwd(
     if options.compensate is not None:
         means = tuple(triton_block_means(x, mask).to(x.dtype) for x in tensors[1:])
     dq = _queries(tensors, grad, rows, means, mask, options, config.dq)
-    dmeans = None if means is None else gradients_of_means(tensors[0], means, grad, rows, mask, options, config.dkdv)
+    dmeans = None if means is None else gradients_of_means(tensors[0], means, grad, rows, mask, options, config.means)
     return dq, *_keys(tensors, grad, rows, dmeans, mask, options, config.dkdv)
 
 

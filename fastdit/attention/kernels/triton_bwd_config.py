@@ -11,15 +11,17 @@ from .triton_config import Config, table_arch
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Settings of the two kernels that run over lists.
+    """Settings of the kernels that multiply.
 
     Args:
         dq: Of the kernel for queries, which holds ``tile_q`` of them and iterates over keys.
         dkdv: Of the kernel for keys and values, which holds ``tile_k`` of them and iterates over queries.
+        means: Of the kernel for means, which holds ``tile_k`` of them and iterates over queries.
     """
 
     dq: Config
     dkdv: Config
+    means: Config
 
 
 _ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -50,7 +52,10 @@ DKDV_TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
     **{(arch, 128, 16): _DKDV_128_WIDE if arch in (90, 100) else _DKDV_128 for arch in _ARCHITECTURES},
     **{(arch, 64, 32): _SINGLE_64 for arch in _ARCHITECTURES},
     **{(arch, 128, 32): _SINGLE_128 for arch in _ARCHITECTURES},
-    (120, 64, 32): _SINGLE_128,  # with means, 32 x 32 spills at head dim 32
+}
+MEANS_TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
+    **DKDV_TABLE,
+    (120, 64, 32): (Config(16, 16, 4, 2),),  # larger tiles spill at head dim 32
 }
 
 
@@ -67,8 +72,9 @@ def choose_backward(
         block_k: Keys in a block of the mask, a multiple of 16.
     """
     key = table_arch(capability), 64 if head_dim <= 64 else 128, dtype.itemsize * 8
-    dq, dkdv = (
-        next(c for c in table[key] if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
-        for table in (DQ_TABLE, DKDV_TABLE)
+    return BackwardConfig(
+        *(
+            next(c for c in table[key] if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
+            for table in (DQ_TABLE, DKDV_TABLE, MEANS_TABLE)
+        )
     )
-    return BackwardConfig(dq, dkdv)
