@@ -27,13 +27,12 @@ class Config:
     variant: str = "loads"
 
 
-_SMALL = (Config(32, 32, 4, 2), Config(16, 16, 4, 2))
-# With two stages the assembler would rather spill than give up a program per multiprocessor.
-_SMALL_64 = (Config(32, 32, 4, 3), Config(16, 16, 4, 2))
-_HALF_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL_64)
+# With 4 warps the assembler would rather spill than give up a program per multiprocessor.
+_SMALL = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
+_HALF_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL)
 # 64 x 64 with 8 warps spills here: the compiler keeps to 128 registers.
 _HALF_128 = (Config(128, 64, 8, 2), Config(64, 32, 4, 2), *_SMALL)
-_SINGLE_64 = (Config(64, 32, 8, 2), *_SMALL_64)
+_SINGLE_64 = (Config(64, 32, 8, 3), *_SMALL)
 _SINGLE_128 = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
 
 # (architecture, head dim, bits per element): best first. The first whose tiles divide the mask's blocks is used.
@@ -51,12 +50,12 @@ TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
     (90, 128, 16): (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL),
     (90, 64, 32): _SINGLE_64,
     (90, 128, 32): _SINGLE_128,
-    (100, 64, 16): _HALF_64,
+    (100, 64, 16): (Config(128, 64, 8, 2), Config(64, 64, 4, 3), *_SMALL),
     (100, 128, 16): _HALF_128,
     (100, 64, 32): _SINGLE_64,
-    (100, 128, 32): _SINGLE_128,
+    (100, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
     (120, 64, 16): _HALF_64,
-    (120, 128, 16): _HALF_128,
+    (120, 128, 16): (Config(128, 64, 8, 2), Config(64, 32, 4, 3), *_SMALL),
     (120, 64, 32): _SINGLE_64,
     (120, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
 }
@@ -82,12 +81,12 @@ CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
         Config(128, 128, 8, 2, "tma"),
         Config(128, 64, 8, 2, "tma"),
         Config(64, 64, 4, 2, "tma"),
-        Config(32, 32, 4, 2, "tma"),
+        Config(32, 32, 8, 2, "tma"),
         Config(128, 128, 8, 2),
         Config(128, 64, 8, 3),
     ),
     (100, 64, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 4, 3, "tma")),
-    (100, 128, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 4, 2, "tma")),
+    (100, 128, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 8, 2, "tma")),
 }
 
 
