@@ -336,8 +336,8 @@ def block_sparse_bwd(
         config: Tiles that divide the mask's blocks.
 
     Returns:
-        The gradients of queries, ``(B, H, Sq, D)``, keys and values, ``(B, H, Sk, D)``, in their dtype and memory order;
-        0 for padding keys.
+        The gradients of queries, ``(B, H, Sq, D)``, keys and values, ``(B, H, Sk, D)``, in their dtype and memory
+        order; 0 for padding keys.
     """
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     rows = _row_sums(*results, grad, mask)
