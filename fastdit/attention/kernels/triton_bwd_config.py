@@ -55,6 +55,10 @@ DKDV_TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
 }
 MEANS_TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
     **DKDV_TABLE,
+    # Triton 3.6: wider tiles spill at head dim 32, and on 9.0 products of eight warps wait for each other.
+    (80, 64, 16): _DKDV_64[1:],
+    (89, 64, 16): _DKDV_64[1:],
+    (90, 128, 16): (Config(64, 128, 8, 2), Config(64, 64, 4, 2), *_DKDV_128[1:]),
     (120, 64, 32): (Config(16, 16, 4, 2),),  # larger tiles spill at head dim 32
 }
 

@@ -17,7 +17,7 @@ TABLE_INT8: dict[tuple[int, int, str], tuple[Config, ...]] = {
     (80, 128, "int8"): _INT8,
     (89, 64, "int8"): _INT8,
     (89, 128, "int8"): _INT8,
-    (89, 64, "int8_fp8"): (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 2)),
+    (89, 64, "int8_fp8"): (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 32, 2, 2), Config(16, 32, 4, 2)),
     (89, 128, "int8_fp8"): _INT8_FP8,
     (90, 64, "int8"): _INT8,
     (90, 128, "int8"): (*_INT8[:3], Config(16, 32, 8, 2), Config(16, 16, 4, 2)),
