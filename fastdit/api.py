@@ -152,7 +152,8 @@ def enable_sparse_attention(
         schedule: Which steps and layers stay dense; default: the plan's or the preset's. A bare transformer does not
             know how many steps there will be, so without a plan by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
-        precision: One of ``list_precisions()``; default: the plan's or that of the model.
+        precision: One of ``list_precisions()``; default: the plan's or that of the model. Calls that it cannot speed up
+            run in that of the model, with a warning and in ``summary()``.
         **fields: Fields of the method, such as ``density``; the others are those published for the model
             (``fastdit.pipelines.presets``), or the method's defaults.
 
@@ -331,12 +332,13 @@ def _layer_report(layer: Layer) -> dict[str, Any]:
         "order_seconds": stats.parts["order"].seconds,
         "dense": dict(stats.scheduled),
         "fallbacks": dict(stats.fallbacks),
+        "precision_fallbacks": dict(stats.precision_fallbacks),
     }
 
 
 def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sums = ("calls", "sparse_calls", "sparse_seconds", "dense_seconds", "choice_seconds", "order_seconds")
-    reasons = ("dense", "fallbacks")
+    reasons = ("dense", "fallbacks", "precision_fallbacks")
     totals: dict[str, Any] = {name: sum(layer[name] for layer in layers) for name in sums}
     totals |= {name: dict(sum((Counter(layer[name]) for layer in layers), Counter())) for name in reasons}
     return totals

@@ -62,6 +62,10 @@ def _verdict(report: Mapping[str, Any]) -> str:
         f"Density {_percent(report['density'])} over the sparse calls, "
         f"{_percent(report['overall_density'])} over all calls; attention took {report['attention_seconds']:.2f} s."
     ]
+    lines += [
+        f"Not in {report['precision']}: {count} sparse calls, because {reason}."
+        for reason, count in report["totals"]["precision_fallbacks"].items()
+    ]
     if report["totals"]["sparse_calls"] == 0:
         lines.append("Nothing ran sparse: see the reasons above.")
     return "\n".join(lines)

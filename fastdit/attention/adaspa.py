@@ -131,9 +131,8 @@ class AdaSpa(OrderedMethod):
         every = pattern_of(layout, torch.ones(video, video, dtype=torch.bool, device=q.device), max_count=video)
         mask = state.mask(every, call)
         state.kept = mask.kept
-        out, lse = block_sparse_attention(
-            q, k, v, mask, scale=call.scale, kernel=state.kernel, precision=state.precision
-        )
+        precision = state.precision_of(q, k, v, mask)
+        out, lse = block_sparse_attention(q, k, v, mask, scale=call.scale, kernel=state.kernel, precision=precision)
         state.memory["lse"] = (call.tokens, lse.detach())
         return out, lse.detach()
 

@@ -154,7 +154,8 @@ class BlockMethod(AttentionMethod):
         Returns:
             ``(B, H, S_padded, D)``, in the dtype of ``q``.
         """
-        mask, compensate, precision = pattern.mask, self.compensate, state.precision
+        mask, compensate = pattern.mask, self.compensate
+        precision = state.precision_of(q, k, v, mask, compensate)
         out, _ = block_sparse_attention(
             q, k, v, mask, scale=call.scale, kernel=state.kernel, compensate=compensate, precision=precision
         )

@@ -266,9 +266,8 @@ class HeadGroups:
 
     def _new_state(self, **own: Any) -> MethodState:
         known = self.state
-        return MethodState(
-            cache=self.shared, kernel=known.kernel, precision=known.precision, measure=known.measure, **own
-        )
+        names = ("kernel", "precision", "excuse", "measure")
+        return MethodState(cache=self.shared, **{name: getattr(known, name) for name in names}, **own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from ..mask import BlockMask
 from ..tokens import AttentionCall, TokenSpec
+from .kernels import low_precision_reason
 
 if TYPE_CHECKING:
     from .base import AttentionMethod, Pattern
@@ -82,6 +83,8 @@ class MethodState:
         cache: Static patterns, shared by all layers.
         kernel: Name of the kernel to use; ``None`` chooses.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for the precision of the inputs.
+        excuse: Takes the reason why a call had better not run in that precision, and it then does not. The handle sets
+            it; by default there are no excuses: it runs, or the kernel raises.
         weights: What the layer learns, as ``make_weights`` of the method made it; ``None`` outside of a model.
         measure: Runs a part of a call and takes its time: name of the part (``"choice"`` of blocks, ``"order"`` of
             tokens), device, function. The handle sets it; by default nothing is measured.
@@ -95,6 +98,7 @@ class MethodState:
     cache: PatternCache = field(default_factory=PatternCache)
     kernel: str | None = None
     precision: str | None = None
+    excuse: Callable[[str], object] | None = None
     weights: Module | None = None
     measure: Callable[[str, torch.device, Callable[[], Any]], Any] = lambda part, device, run: run()
     refresh: bool = True
@@ -133,6 +137,26 @@ class MethodState:
         if call.key_padding is None:
             return pattern.mask
         return self.cache.without_padding(pattern, call.key_padding)
+
+    def precision_of(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, compensate: str | None = None
+    ) -> str | None:
+        """Return the precision a kernel shall run a call in, ``None`` for that of the inputs.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            v: ``(B, H, S, D)`` values.
+            mask: The blocks.
+            compensate: What stands in for blocks that are left out, ``"mean"`` or ``None``.
+        """
+        if self.precision is None or self.excuse is None:
+            return self.precision
+        reason = low_precision_reason(q, k, v, mask, self.kernel, compensate=compensate, precision=self.precision)
+        if reason is None:
+            return self.precision
+        self.excuse(reason)
+        return None
 
     def reset(self) -> None:
         """Forget the run: pattern and memory."""

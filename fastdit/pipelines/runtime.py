@@ -97,6 +97,7 @@ class Layer:
         self.runtime = runtime
         self.stats = LayerStats()
         self.memories: dict[tuple[str, int], Memory] = {}
+        self.excuses: set[str] = set()
         self.number = torch.tensor(next(_numbers))
         LAYERS[int(self.number)] = self
 
@@ -176,10 +177,14 @@ class Layer:
         state = self._state(q, call)
         method = self.runtime.settings.method
         state.kept = None
+        self.excuses.clear()
         # autocast would choose blocks, and add up, in the precision of the model
         with torch.autocast(q.device.type, enabled=False):
             out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
         self.stats.count_sparse(state.kept)
+        for reason in self.excuses:
+            self.stats.precision_fallbacks[reason] += 1
+            self.runtime.warn(reason, f"products are not in {state.precision}")
         return out
 
     def run_dense(self, stock: Callable[[], Tensor], device: torch.device) -> Tensor:
@@ -207,6 +212,7 @@ class Layer:
                 cache=runtime.cache,
                 kernel=settings.kernel,
                 precision=settings.precision,
+                excuse=self.excuses.add,
                 weights=None if runtime.weights is None else runtime.weights[self.index],
                 measure=lambda part, device, run: self.stats.parts[part].time(device, run),
             )
@@ -312,15 +318,16 @@ class Runtime:
             return f"the sequence has {length} tokens, but a video of {grid} has {grid.num_tokens}"
         return TokenSpec(grid, text, self.family.text == "first")
 
-    def warn(self, reason: str) -> None:
+    def warn(self, reason: str, what: str = "attention runs dense") -> None:
         """Warn about a fallback, once per reason.
 
         Args:
-            reason: Why a call ran dense.
+            reason: Why it happened.
+            what: What happened to a call.
         """
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"{self.title}: attention runs dense, because {reason}", stacklevel=3)
+            warnings.warn(f"{self.title}: {what}, because {reason}", stacklevel=3)
 
     def forget(self) -> None:
         """Drop counts, patterns and memory."""

@@ -71,6 +71,8 @@ class LayerStats:
         """Calls that are dense because method or schedule say so, by reason."""
         self.fallbacks: Counter[str] = Counter()
         """Calls that should have been sparse and could not, by reason."""
+        self.precision_fallbacks: Counter[str] = Counter()
+        """Sparse calls that should have run in low precision and had better not, by reason."""
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.parts: defaultdict[str, Stopwatch] = defaultdict(Stopwatch)

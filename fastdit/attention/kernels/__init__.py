@@ -3,13 +3,15 @@
 A kernel is one module beside this one with three functions: ``available()`` and ``check(q, k, v, mask, options)``
 return the reason why it cannot run, on this machine at all or for this call, or ``None``; ``run(q, k, v, mask,
 options)`` computes. What ``options`` asks for is in ``options.py``; a kernel refuses in ``check`` what it does not
-know. Its name is then added to one of the two tuples below.
+know. One that knows low precision may have ``no_gain(q, options)`` too, the reason why that runs but is not faster. Its
+name is then added to one of the two tuples below.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -103,6 +105,42 @@ def choose_kernel(
     """
     check_inputs(q, k, v, mask)
     return _choose(q, k, v, mask, Options(q.shape[-1] ** -0.5, compensate, precision), kernel)
+
+
+def low_precision_reason(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    kernel: str | None = None,
+    *,
+    compensate: str | None = None,
+    precision: str,
+) -> str | None:
+    """Say why a call had better run in the precision of its inputs than in a low one, or return ``None``.
+
+    Nothing is read but shapes, dtypes and devices.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        k: ``(B, H, Sk, D)`` keys.
+        v: ``(B, H, Sk, D)`` values.
+        mask: The blocks.
+        kernel: The kernel asked for, or ``None``.
+        compensate: The compensation asked for, or ``None``.
+        precision: The low precision: ``"int8"`` or ``"int8_fp8"``.
+
+    Raises:
+        ValueError: There is no such kernel or option.
+        RuntimeError: No kernel, or not the one asked for, can run in any precision; the message says why.
+    """
+    options = Options(q.shape[-1] ** -0.5, compensate, precision)
+    otherwise = _choose(q, k, v, mask, replace(options, precision=None), kernel)
+    for name in _AUTOMATIC if kernel is None else (kernel,):
+        if _reason(name, q, k, v, mask, options) is None:
+            no_gain = getattr(_module(name), "no_gain", None)
+            return None if no_gain is None else no_gain(q, options)
+    return _reason(otherwise, q, k, v, mask, options)
 
 
 def list_kernels() -> tuple[str, ...]:

@@ -14,8 +14,11 @@ from ...mask import BlockMask
 from .device import launching_on
 from .options import Options
 from .triton_bwd_config import choose_backward
-from .triton_config import choose_config, no_descriptor
+from .triton_config import choose_config, no_descriptor, table_arch
 from .triton_int8_config import choose_int8_config, int8_reason
+
+EXPONENTIALS_BOUND = {80: 32, 90: 64}
+"""By architecture: head dims up to which 16 exponentials a cycle take as long as the bf16 products they belong to."""
 
 
 def available() -> str | None:
@@ -65,6 +68,23 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         if reasons:
             return f"variant 'tma' cannot read {'; '.join(reasons)}"
     return None
+
+
+def no_gain(q: Tensor, options: Options) -> str | None:
+    """Return why low precision is not faster for these arguments though it can run, or ``None``.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        options: How.
+    """
+    capability = _capability(q)
+    bound = EXPONENTIALS_BOUND.get(table_arch(capability), 0)
+    if options.precision is None or q.shape[3] > bound:
+        return None
+    return (
+        f"{options.precision} gains nothing up to head dim {bound} on compute capability {capability[0]}."
+        f"{capability[1]}, where exponentials take as long as products in bf16; the head dim is {q.shape[3]}"
+    )
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
