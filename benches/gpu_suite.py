@@ -95,6 +95,7 @@ def check_job(head_dim: int, dtype: torch.dtype, device: str, *, tiny: bool = Fa
     parts: dict[str, dict[str, Any]] = {f"{variant}": {"variant": variant} for variant in VARIANTS}
     parts["mean"] = {"compensate": "mean"}
     parts |= {precision: {"precision": precision} for precision in list_precisions()}
+    parts["fa4"] = {"kernel": "fa4"}
     grid = VideoGrid(3, 7, 11) if tiny else VideoGrid(5, 27, 31)
     problem = Problem("odd", 1, 2, head_dim, TokenSpec(grid))
 
@@ -105,7 +106,7 @@ def check_job(head_dim: int, dtype: torch.dtype, device: str, *, tiny: bool = Fa
         for part in todo:
             try:
                 with poisoned_empty(), torch.no_grad():
-                    out, _ = block_sparse_attention(q, k, v, mask, kernel="triton", **parts[part])
+                    out, _ = block_sparse_attention(q, k, v, mask, **{"kernel": "triton", **parts[part]})
             except (RuntimeError, ValueError) as error:
                 outcome.absent[part] = str(error).splitlines()[0][:200]
                 continue
@@ -116,7 +117,7 @@ def check_job(head_dim: int, dtype: torch.dtype, device: str, *, tiny: bool = Fa
                 error = float((out.double() - exact).abs().max())
                 wrong = None if error <= 16 * torch.finfo(dtype).eps else f"error {error:.3g}"
             else:
-                wrong = fault(out, q, k, v, mask, exact=part in VARIANTS)
+                wrong = fault(out, q, k, v, mask, exact="precision" not in parts[part])
             if wrong is None:
                 outcome.rows[part] = {"right": True}
             else:
@@ -141,7 +142,7 @@ def of_settings(head_dim: int, device: str) -> list[Contender]:
         Contender(f"{c.tile_q}x{c.tile_k}x{c.num_warps}x{c.num_stages}-{c.variant}", True, partial(_with_setting, c))
         for c in known
     ]
-    return [c for c in contenders() if c.name in ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4")] + ours
+    return [c for c in contenders() if c.name in ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "fastdit-fa4")] + ours
 
 
 def _with_setting(config: Config, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
@@ -200,7 +201,7 @@ def backward_job(problem: Problem, density: float, device: str, repeats: int) ->
             runs[part] = partial(lambda f, g: torch.autograd.grad(f(), tensors, g), forward, grad)
         return replace(_times(runs, device, repeats, advance), absent=outcome.absent)
 
-    parts = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "flex", "fastdit-triton")
+    parts = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "flex", "fastdit-fa4", "fastdit-triton")
     return Job("backward", f"{problem.name} @{density:g}", parts, run, about={"problem": problem.describe()})
 
 

@@ -147,7 +147,7 @@ def test_unlisted_entries_are_never_read():
 def test_choice_and_reasons():
     case = Case()
     mask, tensors = case.mask(), case.tensors(torch.float32)
-    assert list_kernels() == ("triton", "cpu", "reference")
+    assert list_kernels() == ("triton", "cpu", "fa4", "reference")
     assert choose_kernel(*tensors, mask) == "cpu"
     assert choose_kernel(*tensors, mask, "reference") == "reference"
     reasons = explain_kernels(*tensors, mask)
@@ -158,7 +158,7 @@ def test_choice_and_reasons():
         explain_kernels(tensors[0])
     with pytest.raises(RuntimeError, match="kernel 'triton' cannot run: "):
         block_sparse_attention(*tensors, mask, kernel="triton")
-    with pytest.raises(ValueError, match=r"unknown kernel 'tritn'.*triton, cpu, reference"):
+    with pytest.raises(ValueError, match=r"unknown kernel 'tritn'.*triton, cpu, fa4, reference"):
         block_sparse_attention(*tensors, mask, kernel="tritn")
 
 

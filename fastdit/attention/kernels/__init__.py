@@ -23,7 +23,7 @@ from .lists import check_lists, lists_are_checked
 from .options import PRECISIONS, Options
 
 _AUTOMATIC = ("triton", "cpu")
-_ON_REQUEST = ("reference",)
+_ON_REQUEST = ("fa4", "reference")
 _MODULES = {"triton": "triton_attention"}
 
 
