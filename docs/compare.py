@@ -1,6 +1,7 @@
 """Put measured comparisons into the pages of this folder: ``python docs/compare.py``.
 
-The rows are those that ``python -m benches.quality`` writes to ``benches/results/``.
+The rows are those that ``fastdit bench quality`` writes to ``benches/results/``; older ones are of an
+earlier form, without a head that says which benchmark they are of.
 """
 
 from __future__ import annotations
@@ -15,16 +16,35 @@ RESULTS = ROOT / "benches" / "results"
 
 
 def read(name: str) -> list[dict]:
-    """Return the rows of a results file."""
-    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    """Return the rows of a results file, all in the earlier, flat form."""
+    rows = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    return [flat(row) if "benchmark" in row else earlier(row) for row in rows]
+
+
+def earlier(row: dict) -> dict:
+    """Say the accuracy of a row of the earlier form as one number."""
+    return row | {"accuracy": mean(row["right"][part] for part in ("color", "motion", "background"))}
+
+
+def flat(row: dict) -> dict:
+    """Say a row of ``fastdit bench quality`` in the earlier form."""
+    setting = row["setting"]
+    fields, schedule = setting["fields"], setting["schedule"] or {}
+    order = {"plan": "searched", "paro": "axes", "draft": "tile"}.get(setting["method"], fields.get("order", "raster"))
+    return row | {
+        "setting": row["part"],
+        "method": setting["method"],
+        "order": order + (", per row" if fields.get("per_row") else ""),
+        "compensate": fields.get("compensate"),
+        "asked": round(row["density"], 1) if row["asked"] is None else row["asked"],
+        "refresh": schedule.get("refresh_steps"),
+    }
 
 
 def average(rows: list[dict]) -> dict:
     """Average rows of one setting over clips."""
-    numbers = ("density", "overall_density", "psnr", "ssim")
-    out = rows[0] | {name: mean(row[name] for row in rows) for name in numbers}
-    rights = [row["right"][part] for row in rows for part in ("color", "motion", "background")]
-    return out | {"accuracy": mean(rights), "clips": len(rows)}
+    numbers = ("density", "overall_density", "psnr", "ssim", "accuracy")
+    return rows[0] | {name: mean(row[name] for row in rows) for name in numbers} | {"clips": len(rows)}
 
 
 def settings(rows: list[dict]) -> list[dict]:
@@ -50,8 +70,8 @@ def methods_table(name: str) -> str:
 
 def reuse_table(name: str) -> str:
     """Return what reusing masks costs."""
-    rows = settings(read(name))
-    names = {1: "every step", 30: "never"}
+    rows = sorted(settings(read(name)), key=lambda row: (row["method"], row["refresh"]))
+    names = {1: "every step", 30: "never"}  # of 30 steps
     lines = ["| method | masks rebuilt | density | PSNR | SSIM | clips |", "|" + "---|" * 6]
     for row in rows:
         when = names.get(row["refresh"], f"every {row['refresh']} steps")

@@ -145,7 +145,7 @@ def test_the_demo_is_searched_with_what_it_knows():
         (("--prompts", "empty.txt"), ("no prompt in", "empty.txt")),
         (("--candidates", "drft"), ("unknown method 'drft'", "did you mean 'draft'")),
         (("--candidates", "draft(densty=0.2)"), ("no field 'densty'",)),
-        (("--candidates", "draft(0.2)"), ("cannot read the candidate",)),
+        (("--candidates", "draft(0.2)"), ("cannot read",)),
         (("--candidates", " , "), ("no candidates",)),
         (("--candidates", "draft", "--preset", "paro"), ("--preset or --candidates",)),
         (("--budget", "25"), ("(0, 1]", "0.25")),

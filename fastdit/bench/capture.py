@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,16 @@ def capture(
     if not recorder.samples:
         raise RuntimeError(f"no attention call at steps {sorted(steps)} and layers {layers and sorted(layers)}")
     return recorder.samples
+
+
+def some_layers(samples: Sequence[Sample], every_layer: bool) -> Sequence[Sample]:
+    """Return the calls of all layers, or of the one in the middle.
+
+    Args:
+        samples: Calls, at least those.
+        every_layer: Whether all are wanted.
+    """
+    return [s for s in samples if every_layer or s.call.layer == s.call.num_layers // 2]
 
 
 def middle_layer(transformer: Module) -> int:

@@ -15,7 +15,7 @@ from ..schedule import Schedule
 from .jobs import Job, Outcome
 from .measure import Times
 from .rows import Row
-from .settings import Setting, setting_at
+from .settings import Setting, settings_by_part
 from .synthetic import Sample
 
 DENSE = "dense"
@@ -63,7 +63,6 @@ def e2e_jobs(
     densities: Sequence[float],
     about: dict[str, Any],
     repeats: int = 3,
-    schedule: Schedule | None = None,
     seconds: float | None = None,
 ) -> list[Job]:
     """Make a job: dense and all settings in turn.
@@ -75,34 +74,32 @@ def e2e_jobs(
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         about: What rows say of model and size.
         repeats: Rounds after the first, cold one; at least 1.
-        schedule: Which steps stay dense; default: each setting's own.
         seconds: Estimate of one dense run; ``None``: no estimate.
     """
-    parts = {DENSE: None, **{f"{s.name}@{d:g}": (s, d) for s in settings for d in densities}}
-    job = partial(_measure, cache(subject), parts, schedule, repeats)
+    parts = {DENSE: None, **settings_by_part(settings, densities)}
+    job = partial(_measure, cache(subject), parts, repeats)
     total = None if seconds is None else seconds * len(parts) * (1 + repeats)
     return [Job("e2e", name, tuple(parts), job, total, {"model": name, **about}, len(parts) * (1 + repeats))]
 
 
 def _measure(
     shared: Callable[[], Subject],
-    parts: dict[str, tuple[Setting, float] | None],
-    schedule: Schedule | None,
+    parts: dict[str, tuple[Setting, float | None] | None],
     repeats: int,
     todo: Collection[str],
     advance: Callable[[], None],
 ) -> Outcome:
     outcome, subject = Outcome(), shared()
-    methods: dict[str, tuple[Any, Schedule]] = {DENSE: (DENSE, Schedule())}
+    methods: dict[str, tuple[Any, Schedule | None]] = {DENSE: (DENSE, Schedule())}
     calibration = cache(subject.samples)
     for part in todo:
         chosen = parts[part]
         if chosen is not None:
-            method = setting_at(chosen[0], chosen[1], calibration)
+            method = chosen[0].at(chosen[1], calibration)
             if isinstance(method, str):
                 outcome.absent[part] = method
             else:
-                methods[part] = (method, schedule or chosen[0].schedule)
+                methods[part] = (method, chosen[0].schedule)
     runs: dict[str, list[tuple[Timing, float, int | None, SparseAttention]]] = {part: [] for part in methods}
     for _ in range(1 + repeats):  # in turn, so that what else the machine does falls on all alike; the first is cold
         for part, (method, how) in methods.items():
@@ -137,14 +134,12 @@ def amdahl(share: float, gain: float) -> float:
     return 1 / (1 - share + share / gain)
 
 
-def _named(chosen: tuple[Setting, float] | None, method: Any) -> Row:
+def _named(chosen: tuple[Setting, float | None] | None, method: Any) -> Row:
     assert chosen is not None
-    setting, density = chosen
-    fields = method.describe()
-    return {"setting": {"name": setting.name, "method": setting.method, "fields": fields}, "asked": density}
+    return {"setting": chosen[0].describe(method), "asked": chosen[1]}
 
 
-def _run(subject: Subject, method: Any, schedule: Schedule) -> tuple[Timing, float, int | None, SparseAttention]:
+def _run(subject: Subject, method: Any, schedule: Schedule | None) -> tuple[Timing, float, int | None, SparseAttention]:
     cuda = subject.device.startswith("cuda")
     handle = enable_sparse_attention(subject.target, method, schedule=schedule)
     if cuda:

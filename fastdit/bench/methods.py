@@ -16,7 +16,7 @@ from ..metrics import relative_l2
 from ..search.scoring import head_density, known_pattern, sampled_recall
 from .jobs import Job, Outcome
 from .rows import Row
-from .settings import NotAdjustable, Setting
+from .settings import Setting
 from .synthetic import Sample
 
 Samples = Callable[[], Sequence[Sample]]
@@ -72,17 +72,16 @@ def _measure(
     measured, calibration = shared()
     for part in todo:
         setting = parts[part]
-        try:
-            method = setting.at(density, calibration)
-        except NotAdjustable as error:
-            outcome.absent[part] = str(error)
+        method = setting.at(None if setting.is_fixed else density, lambda _: calibration)
+        if not isinstance(method, AttentionMethod):
+            outcome.absent[part] = method if isinstance(method, str) else "a plan is for a whole model"
             continue
         found = [measure_call(method, sample) for sample in measured]
         wrong = [each["fault"] for each in found if "fault" in each]
         if wrong:
             outcome.faults[part] = wrong[0]
         else:
-            outcome.rows[part] = {"setting": _describe(setting, method), **_mean(found, measured)}
+            outcome.rows[part] = {"setting": setting.describe(method), **_mean(found, measured)}
         advance()
     return outcome
 
@@ -144,10 +143,6 @@ def _mean(found: Sequence[Row], samples: Sequence[Sample]) -> Row:
     kinds = samples[0].kinds or tuple(f"head {i}" for i in range(len(heads)))
     out["heads"] = dict(zip(kinds, heads, strict=True))
     return out
-
-
-def _describe(setting: Setting, method: AttentionMethod) -> Row:
-    return {"name": setting.name, "method": method.name, "fields": method.describe()}
 
 
 def _now(device: torch.device) -> float:

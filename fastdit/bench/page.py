@@ -11,6 +11,7 @@ from typing import Any
 from .columns import COLUMNS, TITLES, mean_rows
 from .pictures import kernel_pictures, method_pictures, quality_pictures
 from .rows import Row, latest
+from .winners import winners
 
 PICTURES = {"kernels": kernel_pictures, "methods": method_pictures, "quality": quality_pictures}
 CLIPS = 12
@@ -38,7 +39,7 @@ NOTES = {
 
 
 def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the tables of a report: ``benchmark``, ``title``, ``note``, ``groups`` of ``name``, ``head``, ``body``.
+    """Return the tables of a report: ``benchmark``, ``title``, ``note``, ``winners``, ``groups`` of rows.
 
     Args:
         rows: The rows.
@@ -65,6 +66,7 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "benchmark": benchmark,
                 "title": TITLES[benchmark],
                 "note": NOTES[benchmark],
+                "winners": winners(mine),
                 "groups": groups,
                 "rows": mine,
             }
@@ -102,6 +104,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = list(dict.fromkeys(places))
     for part in tables(rows):
         lines += ["", f"### {part['title']}", "", part["note"]]
+        lines += ["", *(f"- {sentence}" for sentence in part["winners"])] if part["winners"] else []
         for group in part["groups"]:
             head = group["head"]
             lines += [

@@ -15,11 +15,11 @@ import numpy as np
 
 from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
 from ..schedule import Schedule
-from .capture import capture, middle_layer
+from .capture import capture, middle_layer, some_layers
 from .clips import compare_clips, strip
 from .jobs import Job, Outcome
 from .rows import Row
-from .settings import Setting, setting_at
+from .settings import Setting, settings_by_part
 from .synthetic import Sample
 
 DENSE = "dense"
@@ -71,7 +71,6 @@ def quality_jobs(
     densities: Sequence[float],
     model: str,
     about: dict[str, Any],
-    schedule: Schedule | None = None,
     seconds: float | None = None,
 ) -> list[Job]:
     """Make a job for each prompt and seed: the dense video, then each setting at each density.
@@ -84,25 +83,24 @@ def quality_jobs(
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         model: Name of the model.
         about: What rows say of model and size.
-        schedule: Which steps stay dense; default: each setting's own.
         seconds: Estimate of one dense video; ``None``: no estimate.
     """
     shared = cache(studio)
-    calibration = cache(lambda every_layer: shared().samples(every_layer))
-    by_name = {setting.name: setting for setting in settings}
-    parts = {f"{name}@{density:g}": (name, density) for density in densities for name in by_name}
+    # one dense video serves all, whichever calls they look at
+    calibration = cache(lambda: shared().samples(any(setting.is_calibrated for setting in settings)))
+    parts = settings_by_part(settings, densities)
 
     @cache
-    def find(part: str) -> tuple[Setting, float, Any]:
-        name, density = parts[part]
-        return by_name[name], density, setting_at(by_name[name], density, calibration)
+    def find(part: str) -> tuple[Setting, float | None, Any]:
+        setting, density = parts[part]
+        return setting, density, setting.at(density, lambda every: some_layers(calibration(), every))
 
     return [
         Job(
             "quality",
             f"{model} | {prompt} | {seed}",
             tuple(parts),
-            partial(_measure, shared, find, schedule, prompt, seed),
+            partial(_measure, shared, find, prompt, seed),
             None if seconds is None else seconds * (1 + len(parts)),
             {"model": model, "prompt": prompt, "clip_seed": seed, **about},
             1 + len(parts),
@@ -114,8 +112,7 @@ def quality_jobs(
 
 def _measure(
     shared: Callable[[], Studio],
-    find: Callable[[str], tuple[Setting, float, Any]],
-    schedule: Schedule | None,
+    find: Callable[[str], tuple[Setting, float | None, Any]],
     prompt: str,
     seed: int,
     todo: Collection[str],
@@ -123,21 +120,21 @@ def _measure(
 ) -> Outcome:
     outcome, studio = Outcome(), shared()
     found = {part: find(part) for part in todo}
-    dense, dense_seconds, _ = _video(studio, prompt, seed, None, Schedule())
+    dense, dense_seconds, _ = _video(studio, prompt, seed, DENSE, Schedule())
     keep(studio, DENSE, prompt, seed, dense)
     advance()
     for part, (setting, asked, method) in found.items():
         if isinstance(method, str):
             outcome.absent[part] = method
             continue
-        clip, seconds, handle = _video(studio, prompt, seed, method, schedule or setting.schedule)
+        clip, seconds, handle = _video(studio, prompt, seed, method, setting.schedule)
         advance()
         if not np.isfinite(clip).all():
             outcome.faults[part] = "the video has values that are no numbers"
             continue
         files = keep(studio, part, prompt, seed, clip, dense)
         outcome.rows[part] = {
-            "setting": {"name": setting.name, "method": setting.method, "fields": method.describe()},
+            "setting": setting.describe(method),
             "asked": asked,
             "density": handle.density,
             "overall_density": handle.overall_density,
@@ -154,9 +151,9 @@ def _measure(
 
 
 def _video(
-    studio: Studio, prompt: str, seed: int, method: Any, schedule: Schedule
+    studio: Studio, prompt: str, seed: int, method: Any, schedule: Schedule | None
 ) -> tuple[np.ndarray, float, SparseAttention]:
-    handle = enable_sparse_attention(studio.pipeline, DENSE if method is None else method, schedule=schedule)
+    handle = enable_sparse_attention(studio.pipeline, method, schedule=schedule)
     try:
         begin = time.perf_counter()
         clip = studio.make(prompt, seed)

@@ -124,12 +124,12 @@ def _captured(
 
     seconds = model.seconds(session)
     return method_jobs(
-        f"captured {model.name}",
+        f"captured {model.label}",
         lambda: calls(prompts[0]),
         lambda: calls(prompts[-1]),
         settings,
         densities=densities,
-        about={"model": model.name, "prompt": prompts[0], **model.about()},
+        about={"model": model.label, "prompt": prompts[0], **model.about()},
         seconds=None if seconds is None else seconds / 50,
     )
 
@@ -142,7 +142,6 @@ def build_quality(
     settings: Sequence[Setting],
     densities: Sequence[float],
     folder: Path | None,
-    schedule: Any = None,
 ) -> list[Job]:
     """Make the jobs of ``quality``.
 
@@ -154,7 +153,6 @@ def build_quality(
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         folder: Where videos go; ``None`` keeps none.
-        schedule: Which steps stay dense; default: as the settings say.
     """
     calibration = HELD_OUT_CAPTIONS[-1] if model.source.place is None else prompts[0]
     return quality_jobs(
@@ -163,9 +161,8 @@ def build_quality(
         range(session.seed, session.seed + seeds),
         settings,
         densities=densities,
-        model=model.name,
+        model=model.label,
         about=model.about(),
-        schedule=schedule,
         seconds=model.seconds(session),
     )
 
@@ -178,7 +175,6 @@ def build_e2e(
     model: Model | None,
     problems: Sequence[str] = (),
     prompt: str | None = None,
-    schedule: Any = None,
     passes: int = 2,
 ) -> list[Job]:
     """Make the jobs of ``e2e``.
@@ -191,7 +187,6 @@ def build_e2e(
         model: A pipeline with its weights; ``None`` for none.
         problems: Names of real configurations that get random weights.
         prompt: What the pipeline makes.
-        schedule: Which steps stay dense; default: as the settings say, with random weights none.
         passes: Forward passes of one run with random weights, at least 1.
 
     Raises:
@@ -205,14 +200,14 @@ def build_e2e(
         text = model.prompts(None if prompt is None else [prompt], 1)[0]
         load = partial(open_subject, session, model, text)
         seconds = model.seconds(session)
-        jobs += e2e_jobs(model.name, load, settings, about=model.about(), schedule=schedule, seconds=seconds, **how)
+        jobs += e2e_jobs(model.label, load, settings, about=model.about(), seconds=seconds, **how)
     for problem in chosen:
-        jobs += _random(session, problem, settings, schedule, passes, how)
+        jobs += _random(session, problem, settings, passes, how)
     return jobs
 
 
 def _random(
-    session: Session, problem: Problem, settings: Sequence[Setting], schedule: Any, passes: int, how: dict[str, Any]
+    session: Session, problem: Problem, settings: Sequence[Setting], passes: int, how: dict[str, Any]
 ) -> list[Job]:
     if model_of(problem) is None:
         raise InputError(f"nobody knows the rest of the model of {problem.name}; there are: {', '.join(MODELS)}")
@@ -221,7 +216,9 @@ def _random(
     seconds = REST * problem.flops * problem.layers * passes / throughput(session.device)
     about = {"problem": problem.describe()}
     name = f"{problem.name}, random weights"
-    return e2e_jobs(name, load, settings, about=about, schedule=schedule or Schedule(), seconds=seconds, **how)
+    # of so few passes none is left dense
+    sparse = [replace(setting, schedule=Schedule()) for setting in settings]
+    return e2e_jobs(name, load, sparse, about=about, seconds=seconds, **how)
 
 
 def _contenders(only: Sequence[str] | None) -> list[Contender]:

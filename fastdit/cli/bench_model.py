@@ -63,6 +63,11 @@ class Model:
         """Return the name that rows have: no folder of this machine."""
         return Path(self.source.name).name if self.source.local else self.source.name
 
+    @property
+    def label(self) -> str:
+        """Return the name with what the user said of the call, which tells rows of one model apart."""
+        return ", ".join([self.name, *(f"{_brief(n)}={value:g}" for n, value in self.about()["arguments"].items())])
+
     def load(self, session: Session) -> tuple[Any, dict[str, Any]]:
         """Load the pipeline; return it with the keywords of its call.
 
@@ -107,6 +112,10 @@ class Model:
             return None
         steps = self.given.get("num_inference_steps") or PROBLEMS[DEMO].steps
         return REST * PROBLEMS[DEMO].video_flops * steps / PROBLEMS[DEMO].steps / throughput(session.device)
+
+
+def _brief(argument: str) -> str:
+    return argument.removeprefix("num_").removeprefix("inference_").removesuffix("_scale")
 
 
 def open_studio(session: Session, model: Model, calibration: str, folder: Path | None) -> Studio:

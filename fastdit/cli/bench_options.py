@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
+from .bench_session import Session
 from .errors import InputError, as_input_error
 from .options import ATTENTION, OUTPUT
+from .search import split_candidates
 
 if TYPE_CHECKING:
     from ..bench.settings import Setting
-    from .bench_session import Session
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="JSON lines, one for each measurement.", rich_help_panel=OUTPUT)
@@ -36,7 +38,11 @@ Densities = Annotated[
 ]
 Settings = Annotated[
     str | None,
-    typer.Option(help="Methods, as in draft-4x4x4,sla (default: all).", rich_help_panel=ATTENTION, show_default=False),
+    typer.Option(
+        help="Methods or plans, as in default,sla(density=0.1),plan.json (default: all).",
+        rich_help_panel=ATTENTION,
+        show_default=False,
+    ),
 ]
 Means = Annotated[
     bool,
@@ -47,17 +53,16 @@ Means = Annotated[
 
 
 def open_session(
-    *,
-    output: Path,
-    resume: bool,
-    against: Path | None,
-    dry_run: bool,
-    seed: int,
-    device: str,
-    dtype: str,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    output: Output,
+    resume: Resume = False,
+    against: Against = None,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> Session:
     """Check what all benchmarks are told.
 
@@ -73,7 +78,6 @@ def open_session(
         as_json: Write results as JSON.
         debug: Show where errors came from.
     """
-    from .bench_session import Session
     from .models import choose_device
     from .prompts import Team
     from .screen import Screen
@@ -93,12 +97,13 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def read_settings(names: str | None, *, means: bool) -> list[Setting]:
-    """Read settings from a list of names.
+def read_settings(texts: str | None, *, means: bool, schedule: dict[str, Any] | None = None) -> list[Setting]:
+    """Read settings from a list.
 
     Args:
-        names: Names separated by commas; ``None`` for all.
+        texts: What ``find_settings`` reads, separated by commas; ``None`` for all.
         means: Whether each is listed a second time with blocks that stand in by their means.
+        schedule: Fields of ``Schedule`` that all of them get.
 
     Raises:
         InputError: There is no such setting.
@@ -106,7 +111,8 @@ def read_settings(names: str | None, *, means: bool) -> list[Setting]:
     from ..bench.settings import find_settings
 
     with as_input_error():
-        return find_settings(None if names is None else split(names), means=means)
+        found = find_settings(None if texts is None else split_candidates(texts), means=means)
+        return [setting.changed(**schedule or {}) for setting in found]
 
 
 def read_densities(text: str) -> list[float]:
@@ -150,8 +156,40 @@ def read_blocks(text: str) -> tuple[int, int]:
     return queries, keys
 
 
-def call_options(
-    height: int | None, width: int | None, frames: int | None, steps: int | None, guidance: float | None
+def read_steps(
+    warmup_steps: options.WarmupSteps = None,
+    tail_steps: options.TailSteps = None,
+    dense_layers: options.DenseLayers = None,
+    refresh_steps: options.RefreshSteps = None,
+) -> dict[str, Any]:
+    """Return the fields of ``Schedule`` that were given.
+
+    Args:
+        warmup_steps: First steps kept dense, as text; ``None`` where nothing was said, like the others.
+        tail_steps: Last steps kept dense.
+        dense_layers: Layers kept dense.
+        refresh_steps: When masks are rebuilt.
+
+    Raises:
+        InputError: One is malformed or out of range.
+    """
+    from .settings import read_schedule
+
+    given = {
+        "warmup_steps": warmup_steps,
+        "tail_steps": tail_steps,
+        "dense_layers": dense_layers,
+        "refresh_steps": refresh_steps,
+    }
+    return read_schedule(given)
+
+
+def read_size(
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.Frames = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
 ) -> dict[str, Any]:
     """Return the keywords of a pipeline's call.
 

@@ -105,7 +105,8 @@ def make_candidates(wanted: Sequence[str | Mapping[str, Any] | AttentionMethod] 
         elif isinstance(each, Mapping):
             found.append(get_method(each["method"], **each["fields"]))
         elif "(" in each:
-            found.append(_parse(each))
+            name, values = read_call(each)
+            found.append(get_method(name, **values))
         else:
             found += default_candidates([each.strip()])
     found = _distinct(found)
@@ -123,7 +124,18 @@ def describe(method: AttentionMethod) -> dict[str, Any]:
     return {"method": method.name, "fields": json.loads(json.dumps(asdict(method), default=repr))}
 
 
-def _parse(text: str) -> AttentionMethod:
+def read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a name with fields in brackets, where bare words are strings.
+
+    Args:
+        text: Such as ``"draft(density=0.2, compensate=mean)"``.
+
+    Returns:
+        The name, and the fields by name.
+
+    Raises:
+        ValueError: It is none.
+    """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
@@ -132,10 +144,8 @@ def _parse(text: str) -> AttentionMethod:
         if len(values) < len(tree.keywords):
             raise ValueError("its fields are not all named, each once")
     except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"cannot read the candidate {text!r}: {error}; write it like draft(density=0.2, compensate=mean)"
-        ) from error
-    return get_method(tree.func.id, **values)
+        raise ValueError(f"cannot read {text!r}: {error}; write it like draft(density=0.2, compensate=mean)") from error
+    return tree.func.id, values
 
 
 def _value(node: ast.expr) -> Any:
