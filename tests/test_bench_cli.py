@@ -174,6 +174,7 @@ def test_report(videos):
     assert check.tags.count("img") == 4 and check.tags.count("svg") >= 4 and "b" not in check.tags
     assert "prefers-color-scheme: dark" in text and "currentColor" in text
     markdown = tables.read_text()
+    assert "- `LPIPS`: it takes 64 pixels, the videos have 32" in markdown
     assert "### Whole videos" in markdown and "| `sla@0.5` |" in markdown and "- `fa3`: not installed" in markdown
     assert run("bench", "report", videos, "-o", videos.with_name("report.txt")).exit_code == 2
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastdit.attention import get_method
-from fastdit.bench.clips import compare_clips, flicker, strip
+from fastdit.bench import clips
+from fastdit.bench.clips import compare_clips, flicker, lpips_distance, strip
 from fastdit.bench.e2e import amdahl
 from fastdit.bench.methods import measure_call, method_jobs
 from fastdit.bench.rows import Store
@@ -114,6 +118,33 @@ def test_clips():
     assert flicker(step) == 127.5
     assert strip(dense, clip).shape == (2 * 44, 6 * 52, 3)
     assert compare_clips(dense, dense)["psnr"] == float("inf")
+
+
+def test_lpips_is_measured_or_says_why_not(monkeypatch):
+    clip = torch.rand(3, 64, 80, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    monkeypatch.setattr(clips, "find_spec", lambda name: None)
+    lpips_distance.cache_clear()
+    row = compare_clips(clip, clip)
+    assert row["lpips"] is None and row["lpips_absent"] == "the package lpips is not installed (fastdit[metrics])"
+
+    class Network(torch.nn.Module):
+        def forward(self, a, b):
+            assert a.shape[1:] == (3, 64, 80) and -1 <= a.min() < 0
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    def without_net(**how):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(clips, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=without_net))
+    lpips_distance.cache_clear()
+    assert "cannot be loaded: OSError: no route" in compare_clips(clip, clip)["lpips_absent"]
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda **how: Network()))
+    lpips_distance.cache_clear()
+    row = compare_clips(clip / 2, clip)
+    assert row["lpips"] == pytest.approx(clip.mean(), rel=1e-4) and "lpips_absent" not in row
+    assert "64 pixels, the videos have 40" in compare_clips(clip[:, :40], clip[:, :40])["lpips_absent"]
+    lpips_distance.cache_clear()
 
 
 def test_amdahl():

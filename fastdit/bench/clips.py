@@ -13,8 +13,11 @@ import torch
 
 from ..metrics import SSIM_WINDOW, psnr, ssim
 
+LPIPS_SIDE = 64
+"""Pixels below which AlexNet has nothing left to compare."""
 
-def compare_clips(clip: np.ndarray, dense: np.ndarray) -> dict[str, float | None]:
+
+def compare_clips(clip: np.ndarray, dense: np.ndarray) -> dict[str, float | str | None]:
     """Compare a video with the dense one of the same prompt and seed.
 
     Args:
@@ -23,14 +26,17 @@ def compare_clips(clip: np.ndarray, dense: np.ndarray) -> dict[str, float | None
 
     Returns:
         ``psnr`` in dB, inf for identical videos; ``ssim`` in [-1, 1]; ``lpips``, at least 0; ``None`` for what cannot
-        be measured here. ``flicker`` and ``dense_flicker``, see ``flicker``.
+        be measured here, and ``lpips_absent``, the reason. ``flicker`` and ``dense_flicker``, see ``flicker``.
     """
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).float() for x in (clip, dense))
-    distance = lpips_distance()
+    size = min(a.shape[1:3])
+    distance = lpips_distance() if size >= LPIPS_SIDE else f"it takes {LPIPS_SIDE} pixels, the videos have {size}"
+    missing = {"lpips_absent": distance} if isinstance(distance, str) else {}
     return {
         "psnr": float(psnr(a, b)),
-        "ssim": float(ssim(a, b)) if min(a.shape[1:3]) >= SSIM_WINDOW else None,
+        "ssim": float(ssim(a, b)) if size >= SSIM_WINDOW else None,
         "lpips": None if isinstance(distance, str) else distance(a, b),
+        **missing,
         "flicker": flicker(clip),
         "dense_flicker": flicker(dense),
     }
@@ -50,12 +56,12 @@ def lpips_distance() -> Callable[[torch.Tensor, torch.Tensor], float] | str:
     """Return LPIPS with AlexNet, a mean over frames ``(F, H, W, 3)`` in [0, 1], or why it cannot be measured."""
     if find_spec("lpips") is None:
         return "the package lpips is not installed (fastdit[metrics])"
-    import lpips
-
     try:
+        import lpips
+
         network: Any = lpips.LPIPS(net="alex", verbose=False).eval()
-    except Exception as error:  # noqa: BLE001 - its weights come from the net, by whatever way torchvision takes
-        return f"the weights of LPIPS cannot be had: {type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001 - torchvision may not fit torch, and fetches weights in whatever way
+        return f"LPIPS cannot be loaded: {type(error).__name__}: {error}"
 
     @torch.no_grad()
     def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .columns import COLUMNS, TITLES, mean_rows
 from .pictures import kernel_pictures, method_pictures, quality_pictures
-from .rows import Row, latest
+from .rows import Row, absent, latest
 from .winners import winners
 
 PICTURES = {"kernels": kernel_pictures, "methods": method_pictures, "quality": quality_pictures}
@@ -131,15 +131,6 @@ def runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
         about = {name: row["run"].get(name) for name in ("device", "threads", "commit", "python", "versions", "seed")}
         found.setdefault(repr(about), {**about, "time": row["run"].get("time")})
     return list(found.values())
-
-
-def absent(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return what could not run, and why.
-
-    Args:
-        rows: The rows.
-    """
-    return sorted({(row["part"].partition("@")[0], row["absent"]) for row in latest(rows) if "absent" in row})
 
 
 def _threads(run: dict[str, Any]) -> str:

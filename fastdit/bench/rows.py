@@ -118,6 +118,21 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list({key(row): row for row in rows}.values())
 
 
+def absent(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """Return what could not be measured, and why, each once and by name.
+
+    Args:
+        rows: The rows.
+    """
+    found = set()
+    for row in latest(rows):
+        if "absent" in row:
+            found.add((row["part"].partition("@")[0], row["absent"]))
+        if "lpips_absent" in row:
+            found.add(("LPIPS", row["lpips_absent"]))
+    return sorted(found)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _finite(item) for name, item in value.items()}

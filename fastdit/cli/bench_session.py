@@ -172,7 +172,7 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
         rows: The rows.
     """
     from ..bench.columns import COLUMNS, TITLES, mean_rows
-    from ..bench.rows import latest
+    from ..bench.rows import absent, latest
 
     found = latest(rows)
     tables = []
@@ -189,10 +189,10 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
             for row in group:
                 add_row(table, row["part"], *(column.write(row) for column in used))
             tables.append(table)
-    absent = {(row["part"].partition("@")[0], row["absent"]) for row in found if "absent" in row}
-    if absent:
+    missing = absent(found)
+    if missing:
         table = plain_table("not here", "what", "why", numbers=False)
-        for part, reason in sorted(absent):
+        for part, reason in missing:
             add_row(table, part, reason)
         tables.append(table)
     return tables
