@@ -24,6 +24,7 @@ from .pipelines.weights import load_weights, make_weights, save_weights
 from .report import summary
 from .schedule import Schedule
 from .search.plan import Plan, config_hash
+from .search.shipped import find_shipped_plan
 
 
 class SparseAttention:
@@ -148,14 +149,14 @@ def enable_sparse_attention(
     Args:
         target: A diffusers pipeline, whose ``transformer`` and ``transformer_2`` are both meant, or a transformer.
         method: Name of a method, a method, a plan that a search made, the path of its file, which ends in ``.json``, or
-            ``None`` for the model's default.
+            ``None`` for the model's default: a plan that comes with fastdit for this very model, or its preset.
         schedule: Which steps and layers stay dense; default: the plan's or the preset's. A bare transformer does not
             know how many steps there will be, so without a plan by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.
         precision: One of ``list_precisions()``; default: the plan's or that of the model. Calls that it cannot speed up
             run in that of the model, with a warning and in ``summary()``.
-        **fields: Fields of the method, such as ``density``; the others are those published for the model
-            (``fastdit.pipelines.presets``), or the method's defaults.
+        **fields: Fields of the method, such as ``density``, of the preset's without a name; the others are those
+            published for the model (``fastdit.pipelines.presets``), or the method's defaults.
 
     Raises:
         ValueError: Model, method, kernel or precision is unknown, or a value is out of range or does not fit the
@@ -281,6 +282,8 @@ def _choose(
         if isinstance(method, AttentionMethod):
             what = f"a method object; give the name {method.name!r}, or set them with dataclasses.replace"
         raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with {what}")
+    if method is None and not fields and not bare:
+        method = find_shipped_plan(_config_hash(next(iter(transformers.values()))))
     if isinstance(method, Plan):
         for (title, transformer), family in zip(transformers.items(), families, strict=True):
             _check_fits(method, title, transformer, len(family.self_attentions(transformer)))
@@ -295,12 +298,16 @@ def _choose(
 
 
 def _check_fits(plan: Plan, title: str, transformer: Module, layers: int) -> None:
-    config: Any = transformer.config
-    heads = getattr(config, "num_attention_heads", 0)
-    kind = type(transformer).__name__
-    reason = plan.fits(title, model_class=kind, config_hash=config_hash(config), layers=layers, heads=heads)
+    heads = getattr(transformer.config, "num_attention_heads", 0)
+    kind, found = type(transformer).__name__, _config_hash(transformer)
+    reason = plan.fits(title, model_class=kind, config_hash=found, layers=layers, heads=heads)
     if reason is not None:
         raise ValueError(f"the plan does not fit: {reason}")
+
+
+def _config_hash(transformer: Module) -> str:
+    config: Any = transformer.config
+    return config_hash(config)
 
 
 def _check_layers(schedule: Schedule, count: int) -> None:

@@ -131,7 +131,7 @@ def test_a_plan_makes_a_video(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert f"{plan.name} on " in result.stdout.replace("\n", "")
     value = json.loads(report.read_text())
-    assert value["method"] == "table" and value["plan"] == str(plan) and value["sparse_steps"] == [1, 2]
+    assert value["method"] == "plan" and value["plan"] == str(plan) and value["sparse_steps"] == [1, 2]
     assert 0.6 < value["density"] < 0.7 and value["method_fields"]["heads"] == 2
     assert value["schedule"]["warmup_steps"] == 1
 

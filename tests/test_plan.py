@@ -13,8 +13,10 @@ import fastdit
 from fastdit.attention import MethodState, get_method
 from fastdit.attention.paro_plan import ParoPlan, pack
 from fastdit.attention.table import Table
+from fastdit.demo import load_pipeline
 from fastdit.search.plan import Plan, TransformerPlan, config_hash
 from fastdit.search.schema import PlanError
+from fastdit.search.shipped import find_shipped_plan
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 CANDIDATES = (
@@ -221,9 +223,9 @@ def test_a_pipeline_runs_a_plan(tmp_path):
     assert handle.schedule == found.schedule and handle.method == found.method("transformer")
     once = tiny.run(pipe, steps=4)
     report = json.loads(json.dumps(handle.report()))
-    assert report["method"]["name"] == "table" and report["method"]["layers"] == 2
+    assert report["method"]["name"] == "plan" and report["method"]["layers"] == 2
     assert [layer["sparse_calls"] for layer in report["layers"]] == [6, 6]  # of 8: one of four steps is warm-up
-    assert 0 < handle.density < 1 and "table" in handle.summary() and "draft(density=" in handle.summary()
+    assert 0 < handle.density < 1 and "plan" in handle.summary() and "draft(density=" in handle.summary()
     pipe.enable_sparse_attention(found, schedule=tiny.EVERY_STEP)
     assert pipe.sparse_attention.schedule == tiny.EVERY_STEP
     assert not torch.equal(tiny.run(pipe, steps=4), once)
@@ -284,3 +286,17 @@ def test_wan_at_its_real_size(tmp_path):
 
 def test_it_is_public():
     assert fastdit.Plan is Plan
+
+
+def test_the_demo_comes_with_a_plan_that_fields_replace():
+    pipe = load_pipeline()
+    handle = pipe.enable_sparse_attention()
+    shipped = find_shipped_plan(config_hash(pipe.transformer.config))
+    assert handle.method == shipped.method("transformer") and handle.schedule == shipped.schedule
+    assert shipped.density <= 0.2 and shipped.prompts
+    assert pipe.enable_sparse_attention(density=0.3).method.name == "draft"
+    assert fastdit.enable_sparse_attention(pipe.transformer).method.name == "draft"
+
+
+def test_no_plan_comes_with_other_models():
+    assert find_shipped_plan("0" * 16) is None

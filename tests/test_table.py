@@ -237,7 +237,7 @@ def test_it_is_a_frozen_value():
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.edges = (1.0,)
     assert dataclasses.replace(one, edges=(1.0,)) == one
-    assert one.name == "table" and not one.static and not one.stock and isinstance(one, AttentionMethod)
+    assert one.name == "plan" and not one.static and not one.stock and isinstance(one, AttentionMethod)
     assert not isinstance(one, BlockMethod)
     short = repr(one)
     assert short.startswith("Table(1 buckets, 1 layers, 13 heads: 15% dense, ") and len(short) < 600

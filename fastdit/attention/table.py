@@ -38,7 +38,7 @@ class Table(AttentionMethod):
         TypeError: A method is none, or a table itself.
     """
 
-    name: ClassVar[str] = "table"
+    name: ClassVar[str] = "plan"
 
     edges: tuple[float, ...]
     methods: tuple[AttentionMethod, ...]
