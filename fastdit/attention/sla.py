@@ -13,8 +13,8 @@ from torch.nn import Module
 from ..mask import BlockMask
 from ..tokens import AttentionCall
 from .base import Pattern, check_density, register
-from .features import FEATURE_MAPS, Hedgehog, Mix, Projection, Router, feature_map
-from .linear import linear_attention
+from .features import FEATURE_MAPS, Hedgehog, Mix, Projection, Router
+from .linear import choose_linear, linear_attention
 from .ordered import OrderedMethod, pattern_of
 from .reorder import pool_laid_out
 from .select import by_heads, keep_top_k, pool_blocks, top_count
@@ -165,8 +165,9 @@ class Sla(OrderedMethod):
         blocks = None if self.variant == "full" else ~mask.to_dense()
         if blocks is not None and pattern.negligible is not None:
             blocks &= ~pattern.negligible
-        features = self._features(q, k, weights)
-        linear = linear_attention(*features, v, blocks, mask.lengths_k, mask.block_k)
+        sides, feature_map = self._features(q, k, weights)
+        kernel = choose_linear(sides[0], v, mask.block_k, state.kernel)
+        linear = linear_attention(*sides, v, blocks, mask.lengths_k, mask.block_k, feature_map, kernel)
         if blocks is None:
             return exact + weights.projection(linear)
         # A row whose blocks are all critical is exact already: nothing is joined to it, not even a bias.
@@ -177,10 +178,10 @@ class Sla(OrderedMethod):
             return torch.lerp(exact, linear, _by_token(share, mask, q))
         return torch.addcmul(exact, weights.projection(linear), _by_token(joined, mask, q))
 
-    def _features(self, q: Tensor, k: Tensor, weights: Any) -> tuple[Tensor, Tensor]:
-        if self.feature_map == "hedgehog":
-            return weights.features_q(q), (weights.features_q if self.tie else weights.features_k)(k)
-        return feature_map(self.feature_map, q), feature_map(self.feature_map, k)
+    def _features(self, q: Tensor, k: Tensor, weights: Any) -> tuple[tuple[Tensor, Tensor], str]:
+        if self.feature_map != "hedgehog":
+            return (q, k), self.feature_map
+        return (weights.features_q(q), (weights.features_q if self.tie else weights.features_k)(k)), "given"
 
     def _weights(self, state: MethodState) -> Any:
         if state.weights is None and self.weights is not None:

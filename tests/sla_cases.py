@@ -1,0 +1,136 @@
+"""Problems that the kernels of linear attention are held to, with the definition token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit.attention.linear import linear_attention
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class SlaCase:
+    """One problem.
+
+    Args:
+        heads: ``(B, H)``.
+        map_heads: Batch and head axes of the map of blocks; ``None`` to list all blocks.
+        tokens: Tokens in all.
+        block: Tokens in a block.
+        head_dim: Head dim.
+        features: Feature map, or ``"given"``.
+        padded: Whether each head of each sample has its own key lengths.
+    """
+
+    heads: tuple[int, int] = (1, 2)
+    map_heads: tuple[int, int] | None = (1, 2)
+    tokens: int = 57
+    block: int = 16
+    head_dim: int = 16
+    features: str = "softmax"
+    padded: bool = False
+
+    def __str__(self) -> str:
+        shape = "x".join(str(n) for n in (*self.heads, self.tokens, self.head_dim))
+        covered = "all" if self.map_heads is None else f"map{self.map_heads[0]}{self.map_heads[1]}"
+        return f"{shape}-{covered}-{self.features}{'-padded' if self.padded else ''}"
+
+    def blocks(self) -> Tensor | None:
+        """Make the map of blocks: the first row lists none, as one whose blocks are all critical, the last one all."""
+        if self.map_heads is None:
+            return None
+        num = -(-self.tokens // self.block)
+        blocks = torch.rand(*self.map_heads, num, num) < 0.5
+        blocks[..., -1, :] = True
+        blocks[..., 0, :] = False
+        return blocks
+
+    def lengths(self) -> Tensor:
+        """Make the lengths of the key blocks; with padding, one in each head is empty."""
+        full = (self.tokens - torch.arange(0, self.tokens, self.block)).clamp(max=self.block)
+        if not self.padded:
+            return full.to(torch.int32).view(1, 1, -1)
+        lengths = (full * torch.rand(*self.heads, len(full))).ceil()
+        lengths.scatter_(-1, torch.randint(len(full), (*self.heads, 1)), 0)
+        return lengths.to(torch.int32)
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """Make q, k, v and a gradient of the output; features that are given are twice as many."""
+        q, k, v, grad = torch.randn(4, *self.heads, self.tokens, self.head_dim).unbind()
+        if self.features == "given":
+            q, k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in (q, k))
+        return [x.to(dtype) for x in (q, k, v + 0.5, grad)]
+
+
+CASES = [
+    (SlaCase(tokens=41), FP32),
+    (SlaCase(tokens=37, features="elu", padded=True), FP32),
+    (SlaCase(features="relu"), FP16),
+    (SlaCase(features="given", head_dim=24, padded=True), BF16),
+    (SlaCase(map_heads=None, padded=True), BF16),
+    (SlaCase(heads=(1, 1), map_heads=None, tokens=330, features="elu"), FP32),
+    (SlaCase(heads=(2, 2), map_heads=(2, 2), tokens=50, block=48), BF16),
+    (SlaCase(heads=(2, 2), map_heads=(2, 1), tokens=24, features="given", padded=True), FP32),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=13), FP16),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=270, padded=True), BF16),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=70, head_dim=72, block=64), BF16),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=70, head_dim=64, block=64, features="elu"), FP16),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=40, head_dim=128, block=32), BF16),
+]
+
+
+def definition(case: SlaCase, blocks: Tensor | None, lengths: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute linear attention in the dtype of the inputs, from the weights of all pairs of tokens."""
+    mapped = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu, "given": lambda x: x}
+    q, k = (mapped[case.features](x) for x in (q, k))
+    keys = torch.arange(case.tokens, device=q.device)
+    listed = (keys % case.block < lengths[..., keys // case.block])[..., None, :]
+    if blocks is not None:
+        listed = listed & blocks[..., keys // case.block, :][..., keys // case.block]
+    weight = (q @ k.mT) * listed
+    total = weight.sum(-1, keepdim=True)
+    return torch.where(total > 0, weight / torch.where(total > 0, total, 1), 0) @ v
+
+
+def check_linear(case: SlaCase, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Compare with fp64, gradients too: at most twice the error of the definition in the same dtype, plus rounding.
+
+    Raises:
+        AssertionError: The kernels are off.
+    """
+    blocks, lengths = case.blocks(), case.lengths().to(device)
+    blocks = None if blocks is None else blocks.to(device)
+    q, k, v, grad = (x.to(device) for x in case.tensors(dtype))
+    keys = torch.arange(case.tokens, device=device)
+    real = (keys % case.block < lengths[..., keys // case.block])[..., None].expand(*case.heads, -1, -1)
+    bad = [q, *(x.masked_fill(~real, torch.nan) for x in (k, v))]
+
+    def triton(*tensors: Tensor) -> Tensor:
+        return linear_attention(*tensors, blocks, lengths, case.block, case.features, "triton")
+
+    def by_definition(*tensors: Tensor) -> Tensor:
+        return definition(case, blocks, lengths, *tensors)
+
+    actual = with_gradients(triton, grad, *bad)
+    wanted = with_gradients(by_definition, grad.double(), *(x.double() for x in (q, k, v)))
+    rounded = with_gradients(by_definition, grad, q, k, v)
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), actual, wanted, rounded, strict=True):
+        assert x.dtype == dtype and x.shape == y.shape
+        error, budget = (x - y).abs().max(), 2 * (z - y).abs().max() + 8 * torch.finfo(dtype).eps * y.abs().max()
+        assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
+    for x in actual[2:]:
+        assert (x.masked_select(~real.expand_as(x)) == 0).all()
+    if blocks is not None:
+        assert (actual[0][:, :, : case.block] == 0).all() and (actual[1][:, :, : case.block] == 0).all()
+
+
+def with_gradients(attention, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return what a function returns, and its gradients."""
+    tensors = tuple(x.detach().requires_grad_() for x in tensors)
+    out = attention(*tensors)
+    return out.detach(), *torch.autograd.grad(out, tensors, grad)
