@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +17,7 @@ import fastdit.cli.bench_build
 from fastdit.bench.contenders import Contender
 from fastdit.bench.random_models import MODELS
 from fastdit.bench.rows import read_rows
+from fastdit.cli.assemble import assembled
 
 KERNELS = ("bench", "kernels", "--densities", "0.5", "--contenders", "sdpa-flash,fastdit-cpu,fa3", "--repeats", "1")
 SMALL = ("--problems", "2x8x8/2x32")
@@ -36,6 +39,24 @@ def test_kernels(tmp_path):
     assert again.exit_code == 2 and "--resume" in again.stderr
     assert run(*KERNELS, *SMALL, "-o", file, "--resume", "--against", file).exit_code == 0
     assert len(parts(file)) == 3
+
+
+def test_options_are_assembled():
+    made = []
+
+    def make(height: int, width: int = 8) -> int:
+        return height * width
+
+    @assembled(size=partial(make, height=4))
+    def command(*, name: str, size: int, debug: bool = False) -> None:
+        """Do it."""
+        made.append((name, size, debug))
+
+    parameters = inspect.signature(command).parameters
+    assert list(parameters) == ["name", "height", "width", "debug"] and command.__doc__ == "Do it."
+    assert (parameters["height"].default, parameters["height"].annotation) == (4, int)
+    command(name="a", height=2, width=3, debug=True)
+    assert made == [("a", 6, True)]
 
 
 def test_dry_run_computes_nothing(tmp_path):

@@ -137,6 +137,8 @@ def test_winners():
     assert sentence.endswith("nearest to dense is default (relative L2 0.300), then sla (relative L2 0.400).")
     (sentence,) = winners([rows[0], rows[2]])  # without the default, equal means near the least of all
     assert sentence.endswith("nearest to dense is paro (relative L2 0.200).")
+    (sentence,) = winners([method_row("paro", 0.2), method_row("default", 0.3, 0.17)])  # blocks are coarse
+    assert "nearest to dense is paro" in sentence
     assert winners(rows[:1]) == [] == winners([method_row("plan", 0.1, asked=None), method_row("sla", 0.2, asked=None)])
     clips = [
         {"benchmark": "quality", "model": "demo", "asked": 0.2, "setting": {"name": name}}

@@ -11,7 +11,7 @@ from typing import Any
 from .columns import COLUMNS, TITLES, mean_rows
 from .pictures import kernel_pictures, method_pictures, quality_pictures
 from .rows import Row, absent, latest
-from .winners import winners
+from .winners import DEFAULT, ranked, winners
 
 PICTURES = {"kernels": kernel_pictures, "methods": method_pictures, "quality": quality_pictures}
 CLIPS = 12
@@ -57,7 +57,8 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
             {
                 "name": job,
                 "head": ["", *(column.title for column in used)],
-                "body": [[row["part"], *(column.write(row) for column in used)] for row in group],
+                "body": [[row["part"], *(column.write(row) for column in used)] for row in ranked(group)],
+                "ours": [row["part"] for row in group if row.get("setting", {}).get("name") == DEFAULT],
             }
             for job, group in by_job.items()
         ]
@@ -114,7 +115,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 f"| {' | '.join(head)} |",
                 "|---" + "|---:" * (len(head) - 1) + "|",
             ]
-            lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in group["body"]]
+            lines += [f"| {_marked(row[0], group['ours'])} | {' | '.join(row[1:])} |" for row in group["body"]]
     if absent(rows):
         lines += ["", "### Not measured here", "", *(f"- `{name}`: {reason}" for name, reason in absent(rows))]
     return "\n".join(lines).strip() + "\n"
@@ -131,6 +132,10 @@ def runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
         about = {name: row["run"].get(name) for name in ("device", "threads", "commit", "python", "versions", "seed")}
         found.setdefault(repr(about), {**about, "time": row["run"].get("time")})
     return list(found.values())
+
+
+def _marked(part: str, ours: Sequence[str]) -> str:
+    return f"**`{part}`**" if part in ours else f"`{part}`"
 
 
 def _threads(run: dict[str, Any]) -> str:

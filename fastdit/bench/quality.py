@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -23,6 +24,9 @@ from .settings import Setting, settings_by_part
 from .synthetic import Sample
 
 DENSE = "dense"
+
+SPARSE = 0.7
+"""Time of a sparse video over that of a dense one, about, for estimates."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def quality_jobs(
     # one dense video serves all, whichever calls they look at
     calibration = cache(lambda: shared().samples(any(setting.is_calibrated for setting in settings)))
     parts = settings_by_part(settings, densities)
+    calibrated = sum(setting.is_calibrated for setting, _ in parts.values())
 
     @cache
     def find(part: str) -> tuple[Setting, float | None, Any]:
@@ -101,12 +106,12 @@ def quality_jobs(
             f"{model} | {prompt} | {seed}",
             tuple(parts),
             partial(_measure, shared, find, prompt, seed),
-            None if seconds is None else seconds * (1 + len(parts)),
+            # before the first, dense calls are kept and looked at; every map of calibrated methods is an exact one
+            None if seconds is None else seconds * (1 + SPARSE * len(parts) + (0 if i else 1 + 2 * calibrated)),
             {"model": model, "prompt": prompt, "clip_seed": seed, **about},
             1 + len(parts),
         )
-        for prompt in prompts
-        for seed in seeds
+        for i, (prompt, seed) in enumerate(itertools.product(prompts, seeds))
     ]
 
 

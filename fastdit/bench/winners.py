@@ -12,7 +12,7 @@ DEFAULT = "default"
 """Name of the setting that users get."""
 
 EQUAL = 1.1
-"""How many times as much as the least of them, at most, is equal."""
+"""How many times as much as was asked for, or as the default computed, is still equal."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,22 @@ CONTESTS = {
 }
 
 
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Order rows by density and by nearness to dense, if their benchmark measures it.
+
+    Args:
+        rows: Rows of one benchmark, averaged over clips.
+    """
+    contest = CONTESTS.get(rows[0]["benchmark"]) if rows else None
+    if contest is None:
+        return list(rows)
+    return sorted(rows, key=lambda row: (row.get("asked") or 0.0, -contest.better * float(row[contest.merit])))
+
+
 def winners(rows: Sequence[Row]) -> list[str]:
     """Say for each density who is nearest to dense, and where the default is if that is another: a sentence each.
 
-    What computed over a tenth more than the default, or without it than the least of all, is out of the contest.
+    What computed over a tenth more than was asked for, and than the default did, is out of the contest.
 
     Args:
         rows: Rows of one benchmark, averaged over clips.
@@ -61,8 +73,8 @@ def winners(rows: Sequence[Row]) -> list[str]:
 
 def _sentence(contest: Contest, where: str, asked: float, rows: Sequence[Row]) -> str:
     ours = next((row for row in rows if _name(row) == DEFAULT), None)
-    limit = EQUAL * min(row[contest.cost] for row in ([ours] if ours else rows))
-    ordered = sorted((r for r in rows if r[contest.cost] <= limit), key=lambda r: -contest.better * r[contest.merit])
+    limit = EQUAL * max(asked, (ours or min(rows, key=lambda row: row[contest.cost]))[contest.cost])
+    ordered = ranked([row for row in rows if row[contest.cost] <= limit])
 
     def spell(row: Row) -> str:
         return f"{_name(row)} ({contest.spell(row[contest.merit])})"

@@ -25,7 +25,7 @@ def build_everything(session: Session, *, quick: bool) -> list[Job]:
         # draft comes as near to a density as it is asked to, so that there is no call to look at
         return [
             *build_kernels(session, ["demo"], (0.1, 0.2, 0.5), (64, 64), 3),
-            *build_methods(session, ["8x16x16/2x64"], find_settings(None), (0.1, 0.2, 0.3)),
+            *build_methods(session, ["9x16x24/2x64"], find_settings(None), (0.1, 0.2, 0.3)),
             *build_quality(session, demo, demo.prompts(None, 1), 1, find_settings(PUBLISHED), (0.2,), folder),
             *build_e2e(session, find_settings(["default(density=0.2)"]), (), 1, demo),
         ]
@@ -33,7 +33,7 @@ def build_everything(session: Session, *, quick: bool) -> list[Job]:
     every, densities = find_settings(None, means=True), (0.05, 0.1, 0.2, 0.3, 0.5)
     return [
         *build_kernels(session, problems, densities, (64, 64), 7),
-        *build_methods(session, ["8x16x16/2x64", "demo"], every, densities, demo),
+        *build_methods(session, ["9x16x24/2x64", "demo"], every, densities, demo),
         *build_quality(
             session, demo, demo.prompts(None, 12), 1, find_settings(PUBLISHED, means=True), (0.1, 0.2, 0.3), folder
         ),

@@ -29,7 +29,7 @@ from .sources import DEMO, ModelSource, find_model
 from .timing import run_timed
 from .video import write_video
 
-REST = 2.0
+REST = 1.5
 """How many times as long as its attention a video takes, about."""
 
 

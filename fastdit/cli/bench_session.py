@@ -173,6 +173,7 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     """
     from ..bench.columns import COLUMNS, TITLES, mean_rows
     from ..bench.rows import absent, latest
+    from ..bench.winners import ranked, winners
 
     found = latest(rows)
     tables = []
@@ -186,8 +187,9 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
             jobs.setdefault(row["model"] if benchmark == "quality" else row["job"], []).append(row)
         for job, group in jobs.items():
             table = plain_table(f"{TITLES[benchmark]}: {job}", "", *(column.title for column in used))
-            for row in group:
+            for row in ranked(group):
                 add_row(table, row["part"], *(column.write(row) for column in used))
+            table.caption, table.caption_justify = "\n".join(winners(group)) or None, "left"
             tables.append(table)
     missing = absent(found)
     if missing:
