@@ -18,7 +18,7 @@ RESULTS = ROOT / "benches" / "results"
 def read(name: str) -> list[dict]:
     """Return the rows of a results file, all in the earlier, flat form."""
     rows = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-    return [flat(row) if "benchmark" in row else earlier(row) for row in rows]
+    return [flat(row) if "benchmark" in row else earlier(row) for row in rows if "absent" not in row]
 
 
 def earlier(row: dict) -> dict:
