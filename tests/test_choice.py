@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from fastdit.attention import MethodState, get_method, mass, reorder
 from fastdit.attention.kernels import means
 from fastdit.attention.ordered import pattern_of
-from fastdit.attention.reorder import draw_tokens, lay_out, part_scores, pool_laid_out, put_back
+from fastdit.attention.reorder import lay_out, part_scores, pool_laid_out, put_back
 from fastdit.attention.select import pool_blocks
 from fastdit.layout import TokenLayout
 from fastdit.mask import BlockMask
@@ -86,17 +86,6 @@ def test_one_part_is_a_pooled_block():
     layout = layout_of(SPECS[1], 2)
     x = torch.randn(1, 2, SPECS[1].num_tokens, 8).bfloat16()
     assert torch.equal(pool_laid_out(layout, x), pool_blocks(layout.apply(x), 16, layout.lengths()))
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_tokens_are_drawn_from_their_blocks(heads):
-    layout = layout_of(SPECS[1], heads)
-    drawn = draw_tokens(layout, 12, heads=3)
-    assert drawn.shape == (1, 3, layout.video_blocks, 12)
-    for h, n in itertools.product(range(3), range(layout.video_blocks)):
-        block = [t for t in layout.index[h % heads, n * 16 : (n + 1) * 16].tolist() if t >= 0]
-        found = [t for t in drawn[0, h, n].tolist() if t >= 0]
-        assert len(set(found)) == len(found) == min(12, len(block)) and set(found) <= set(block)
 
 
 class Launch:

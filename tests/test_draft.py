@@ -132,6 +132,38 @@ def test_peaked_drafts_are_ranked_where_their_softmax_is_zero():
     assert torch.equal(pattern.mask.to_dense()[0, 0], expected | own)
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_parts_of_tiles_are_keys_as_heavy_as_they_have_tokens(parts, per_row):
+    """Tiles of 20 or 8 tokens in blocks of 32: each run of 32 / parts places has a mean, as far as it has tokens."""
+    spec, tile, density = TokenSpec(VideoGrid(2, 6, 10)), (1, 4, 5), 0.3
+    q, k = structured(spec)
+    method = get_method("draft", density=density, tile=tile, per_row=per_row, parts=parts)
+    blocks = method.pattern(q, k, AttentionCall(spec), MethodState()).mask.to_dense()
+    order, sizes = tile_order(spec.grid, tile)
+    runs = [run for tokens in order.split(sizes.tolist()) for run in tokens.split(32 // parts)]
+    owner = torch.tensor([n for n, size in enumerate(sizes.tolist()) for _ in range(math.ceil(size * parts / 32))])
+    weights = torch.tensor([len(run) for run in runs], dtype=torch.float64)
+    means = [torch.stack([x[:, :, run].double().mean(2) for run in runs], 2) for x in (q, k)]
+    attention = (means[0] @ means[1].mT / 4 + weights.log()).softmax(-1) * weights[:, None]
+    inside = torch.nn.functional.one_hot(owner).double()
+    scores = inside.T @ attention @ inside / sizes[:, None]
+    if per_row:
+        expected = scores.topk(math.floor(density * len(sizes) + 0.5)).indices
+        expected = torch.zeros_like(blocks).scatter(-1, expected, True)
+    else:
+        excluded = math.floor((1 - density) * len(sizes) ** 2 + 1e-6)
+        expected = scores >= scores.flatten(2).sort().values[:, :, excluded, None, None]
+        expected |= torch.eye(len(sizes), dtype=torch.bool) & ~expected.any(-1, keepdim=True)
+    assert torch.equal(blocks, expected)
+
+
+@pytest.mark.parametrize("parts", [0, 3, 128, 2.0, True])
+def test_bad_parts(parts):
+    with pytest.raises(ValueError, match="parts must divide a block of 64 tokens"):
+        get_method("draft", tile=(1, 8, 8), parts=parts)
+
+
 @pytest.mark.parametrize("tile", [(1, 8), (0, 8, 8), (4, 16, 16), (1.0, 8, 8)])
 def test_bad_tiles(tile):
     with pytest.raises(ValueError, match="tile must be"):

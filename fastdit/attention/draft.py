@@ -11,6 +11,7 @@ from ..layout import TokenLayout, tile_order
 from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_density, register
 from .ordered import pattern_of
+from .reorder import part_scores
 from .select import by_heads, keep_top_fraction, keep_top_k, pool_tiles, top_count
 from .state import MethodState
 
@@ -28,9 +29,12 @@ class Draft(BlockMethod):
         density: Fraction of tile pairs to keep, in (0, 1]. The paper keeps 0.25 (Wan 2.1) and 0.1 (HunyuanVideo).
         tile: ``(frames, height, width)`` tokens of a tile, at most 256 in all; (1, 8, 16) in the paper.
         per_row: Keep the fraction in each row of the map, so that all tiles get equally many keys; not in the paper.
+        parts: Runs of tokens that a tile is cut into, each with a mean of its own, a power of two up to the tokens
+            of a block. More find more of the attention, and the map costs their square; 1 in the paper.
 
     Raises:
-        ValueError: ``density`` is outside (0, 1], or a tile has no tokens or more than 256.
+        ValueError: ``density`` is outside (0, 1], a tile has no tokens or more than 256, or its blocks cannot be cut
+            into so many parts.
 
     Source: DraftAttention (arXiv 2505.14708), section 3, and its released code.
     """
@@ -38,6 +42,7 @@ class Draft(BlockMethod):
     density: float = 0.25
     tile: tuple[int, int, int] = (1, 8, 16)
     per_row: bool = False
+    parts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +53,8 @@ class Draft(BlockMethod):
                 f"tile must be (frames, height, width) with 1 to 256 tokens in all, got {self.tile!r}; "
                 "(1, 8, 16) and (1, 8, 8) are usual"
             )
+        if type(self.parts) is not int or self.parts < 1 or self.block_size % self.parts:
+            raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
 
     @property
     def tile_tokens(self) -> int:
@@ -72,21 +79,27 @@ class Draft(BlockMethod):
         grid, video = call.tokens.grid, call.tokens.video
         key = ("draft", self.tile, call.tokens, q.device)
         layout, log_sizes = state.cache.static(key, lambda: self._layout(call, q.device))
-        draft_q = pool_tiles(q[:, :, video], grid, self.tile)
-        draft_k = pool_tiles(k[:, :, video], grid, self.tile)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        tiles = layout.video_blocks
+        if self.parts == 1:
+            draft_q, draft_k = (pool_tiles(x[:, :, video], grid, self.tile) for x in (q, k))
+
+        def scores(part: slice) -> Tensor:
+            if self.parts > 1:
+                return part_scores(q[:, part], k[:, part], layout, parts=self.parts, scale=scale)
+            logits = draft_q[:, part] @ draft_k[:, part].mT * scale + log_sizes
+            # the order of the softmax itself, which would underflow to ties
+            return logits if self.per_row else logits.log_softmax(-1)
 
         def choose(part: slice) -> Tensor:
-            logits = draft_q[:, part] @ draft_k[:, part].mT * scale + log_sizes
             if self.per_row:
-                return keep_top_k(logits, top_count(self.density, tiles))
-            # the order of the softmax itself, which would underflow to ties
-            return keep_top_fraction(logits.log_softmax(-1), self.density)
+                return keep_top_k(scores(part), top_count(self.density, tiles))
+            return keep_top_fraction(scores(part), self.density)
 
-        batch, heads, tiles, _ = draft_k.shape
         # of a share of the whole map a row may get any number
         max_count = top_count(self.density, tiles) if self.per_row else tiles
-        return pattern_of(layout, by_heads(choose, heads, batch * tiles**2), max_count=max_count)
+        kept = by_heads(choose, q.shape[1], q.shape[0] * (tiles * self.parts) ** 2)
+        return pattern_of(layout, kept, max_count=max_count)
 
     def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor]:
         order, sizes = tile_order(call.tokens.grid, self.tile)

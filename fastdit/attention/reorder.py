@@ -1,14 +1,13 @@
-"""Tokens taken through a layout: put into its order and back, averaged over its blocks, drawn from them."""
+"""Tokens taken through a layout: put into its order and back, averaged over its blocks or parts of them."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import TokenLayout
 from .kernels.device import takes_triton
-from .select import mass_of_points, pool_blocks, sample_tokens
+from .select import mass_of_points, pool_blocks
 
 
 def lay_out(layout: TokenLayout, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,23 +87,3 @@ def part_scores(q: Tensor, k: Tensor, layout: TokenLayout, *, parts: int, scale:
     sizes = F.pad(sizes, (0, video - sizes.shape[-1])).unflatten(-1, (-1, parts))
     means_q, means_k = (pool_laid_out(layout, x, parts=parts)[:, :, :video] for x in (q, k))
     return mass_of_points(means_q, means_k, sizes, scale=scale)
-
-
-def draw_tokens(layout: TokenLayout, samples: int, *, heads: int, seed: int = 0) -> Tensor:
-    """Draw tokens of each video block of a layout, for ``sampled_scores`` of tokens in the model's own order.
-
-    They depend on nothing but the arguments, so they can be kept; only the tokens drawn are ever read.
-
-    Args:
-        layout: The order.
-        samples: Tokens to draw from a block, at least 1; all of a block that has fewer.
-        heads: Heads to draw for, at least 1.
-        seed: Of the random numbers.
-
-    Returns:
-        ``(1, H, M, min(samples, block))`` int64 tokens of the sequence, -1 after the last one, of the M video blocks.
-    """
-    lengths = layout.block_lengths[:, : layout.video_blocks]
-    places = sample_tokens(lengths, layout.block, samples, heads=heads, seed=seed)
-    tokens = layout.index.expand(heads, -1).gather(1, places.clamp(min=0).flatten(2)[0]).view(places.shape)
-    return torch.where(places >= 0, tokens, -1)
