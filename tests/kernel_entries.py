@@ -38,7 +38,9 @@ def fwd() -> Iterator[Entry]:
     for (arch, dim, _), configs in CANDIDATES.items():
         for rank, config in enumerate(configs):
             yield fwd_entry(arch, dim, BF16, (128, 128), config, False, (arch, dim, rank) == (90, 128, 1))
-        yield fwd_entry(arch, 96 if dim == 128 else 32, FP16, (128, 128), configs[0], False)
+        first = {config.variant: config for config in reversed(configs) if config.variant != "loads"}
+        for config in first.values():
+            yield fwd_entry(arch, 96 if dim == 128 else 32, FP16, (128, 128), config, False)
 
 
 def fwd_entry(
@@ -54,11 +56,12 @@ def fwd_entry(
     data = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "mean_k_ptr", "mean_v_ptr")
     types = dict.fromkeys(data, f"*{TYPES[dtype]}") | {"lse_ptr": "*fp32", "dropped_ptr": "*i8", "scale": "fp32"}
     constexprs = constants(head_dim, dtype, *blocks, config, compensate=means)
-    if config.variant == "loads":
-        constexprs |= {"k_descriptor": None, "v_descriptor": None}
-    else:
-        box = f"tensordesc<{TYPES[dtype]}[1, 1, {config.tile_k}, {constexprs['PADDED_DIM']}]>"
-        types |= {"k_descriptor": box, "v_descriptor": box}
+    read = {"loads": "", "tma": "kv", "warps": "qkv"}[config.variant]
+    for name, tile in {"q": config.tile_q, "k": config.tile_k, "v": config.tile_k}.items():
+        if name in read:
+            types[f"{name}_descriptor"] = f"tensordesc<{TYPES[dtype]}[1, 1, {tile}, {constexprs['PADDED_DIM']}]>"
+        else:
+            constexprs[f"{name}_descriptor"] = None
     return Entry(
         name=f"sm_{arch}-fwd-{TYPES[dtype]}-{head_dim}-{of_config(config)}{'-means' if means else ''}",
         arch=arch,

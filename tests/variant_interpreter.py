@@ -11,32 +11,54 @@ from fastdit.attention.kernels.options import Options
 from fastdit.attention.kernels.triton_config import Config, choose_config
 from fastdit.attention.kernels.triton_fwd import block_sparse_fwd, longest_first
 
+DESCRIPTORS = ("tma", "warps")
 
+
+@pytest.mark.parametrize("variant", DESCRIPTORS)
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 3, 4, 6, 7, 9, 11)], ids=str)
-def test_descriptors_agree_with_fp64(case, poisoned_empty):
+def test_descriptors_agree_with_fp64(case, variant, poisoned_empty):
     # No table lists fp32 tiles for descriptors, and blocks of 16 or of 48 tokens have none.
     tile = min(32, *(block & -block for block in case.blocks))
     mask, tensors = case.mask(), case.tensors(torch.float32)
     options = Options(case.head_dim**-0.5)
-    out, lse = block_sparse_fwd(*tensors, mask, options, Config(tile, tile, 4, 2, "tma"))
+    out, lse = block_sparse_fwd(*tensors, mask, options, Config(tile, tile, 4, 2, variant))
     expected, expected_lse = block_sparse_attention(*tensors, mask, kernel="reference")
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
 
 
-@pytest.mark.parametrize(("case", "compensate"), [(CASES[0], None), (CASES[10], "mean"), (CASES[6], None)], ids=str)
-def test_the_door_forces_a_variant(case, compensate, poisoned_empty):
-    check_against_reference(case, torch.bfloat16, "triton", compensate=compensate, variant="tma")
+@pytest.mark.parametrize(
+    ("case", "compensate", "variant"),
+    [
+        (CASES[0], None, "tma"),
+        (CASES[10], "mean", "tma"),
+        (CASES[6], None, "tma"),
+        (CASES[6], None, "warps"),
+        (CASES[7], None, "warps"),
+    ],
+    ids=str,
+)
+def test_the_door_forces_a_variant(case, compensate, variant, poisoned_empty):
+    check_against_reference(case, torch.bfloat16, "triton", compensate=compensate, variant=variant)
 
 
-def test_descriptors_take_any_memory_order(poisoned_empty):
-    case = Case(heads=(2, 3), tokens=(90, 90))
+def test_specialised_warps_know_no_compensation():
+    case = CASES[6]
+    with pytest.raises(RuntimeError, match="variant 'warps' knows no compensation; variant='tma' can run"):
+        block_sparse_attention(
+            *case.tensors(torch.bfloat16), case.mask(), kernel="triton", compensate="mean", variant="warps"
+        )
+
+
+@pytest.mark.parametrize("variant", DESCRIPTORS)
+def test_descriptors_take_any_memory_order(variant, poisoned_empty):
+    case = Case(heads=(2, 3), tokens=(90, 90), blocks=(64, 64))
     mask, tensors = case.mask(), case.tensors(torch.float16)
     expected = block_sparse_attention(*tensors, mask, kernel="reference")[0]
     tokens_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     fused = torch.stack(tensors, 3).unbind(3)
     for ordered in (tokens_first, fused):
-        out = block_sparse_attention(*ordered, mask, kernel="triton", variant="tma")[0]
+        out = block_sparse_attention(*ordered, mask, kernel="triton", variant=variant)[0]
         torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
 
 
@@ -57,6 +79,8 @@ def test_descriptors_that_cannot_be_made(change, reason):
     with pytest.raises(ValueError, match=f"variant 'tma' cannot read k: .*{reason}"):
         block_sparse_fwd(q, k, v, mask, Options(0.1), Config(32, 32, 4, 2, "tma"))
     assert block_sparse_attention(q, k, v, mask, kernel="triton")[0].isfinite().all()
+    with pytest.raises(RuntimeError, match=f"variant 'warps' cannot read q: .*{reason}"):
+        block_sparse_attention(change(q), v, v, mask, kernel="triton", variant="warps")
 
 
 def test_no_settings_for_a_variant():
@@ -89,6 +113,6 @@ def test_offsets_beyond_32_bits(tmp_path):
         far.append(whole.as_strided(x.shape, strides).copy_(x))
     config = Config(16, 16, 4, 2)
     expected = block_sparse_fwd(*tensors, mask, Options(0.2), config)
-    for variant in ("loads", "tma"):
+    for variant in ("loads", *DESCRIPTORS):
         actual = block_sparse_fwd(*far, mask, Options(0.2), replace(config, variant=variant))
         torch.testing.assert_close(actual, expected, equal_nan=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 COMPENSATIONS = ("mean",)
 PRECISIONS = ("int8", "int8_fp8")
-VARIANTS = ("loads", "tma")
+VARIANTS = ("loads", "tma", "warps")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Options:
         compensate: What stands in for blocks that are not listed: one of ``COMPENSATIONS``, or ``None``.
         precision: Of the products: one of ``PRECISIONS``, or ``None`` for that of the inputs.
         variant: How a kernel of several variants reads full blocks, for tests and tuning: ``"loads"``: every thread
-            copies its part; ``"tma"``: by tensor descriptors. Or ``None`` for what its table says.
+            copies its part; ``"tma"``: by tensor descriptors; ``"warps"``: likewise, by warps that do nothing else.
+            Or ``None`` for what its table says.
 
     Raises:
         ValueError: A value is not among these.

@@ -14,7 +14,7 @@ from ...mask import BlockMask
 from .device import launching_on
 from .options import Options
 from .triton_bwd_config import choose_backward
-from .triton_config import choose_config, no_descriptor, table_arch
+from .triton_config import choose_config, no_descriptor, table_arch, variant_reason
 from .triton_int8_config import choose_int8_config, int8_reason
 
 EXPONENTIALS_BOUND = {80: 32, 90: 64}
@@ -61,13 +61,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return f"precision={options.precision!r} has no variants, got variant={options.variant!r}"
     if options.precision is not None:
         return int8_reason(_capability(q), q.dtype, options.precision, mask.block_k)
-    if options.variant == "tma":
-        if q.is_cuda and _capability(q) < (9, 0):
-            return "variant 'tma' needs compute capability 9.0 or later"
-        reasons = [f"{name}: {reason}" for name, x in (("k", k), ("v", v)) if (reason := no_descriptor(x)) is not None]
-        if reasons:
-            return f"variant 'tma' cannot read {'; '.join(reasons)}"
-    return None
+    if options.variant in (None, "loads"):
+        return None
+    if q.is_cuda and _capability(q) < (9, 0):
+        return f"variant {options.variant!r} needs compute capability 9.0 or later"
+    if options.variant == "warps" and options.compensate is not None:
+        return "variant 'warps' knows no compensation; variant='tma' can run"
+    return variant_reason(options.variant, q, k, v)
 
 
 def no_gain(q: Tensor, options: Options) -> str | None:

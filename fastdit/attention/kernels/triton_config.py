@@ -17,7 +17,8 @@ class Config:
         tile_k: Keys per inner iteration, a power of two of at least 16; it divides the mask's ``block_k``.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
-        variant: How full blocks are read, one of ``options.VARIANTS``; ``"tma"`` from compute capability 9.0 on.
+        variant: How full blocks are read, one of ``options.VARIANTS``; ``"tma"`` and ``"warps"`` from compute
+            capability 9.0 on, ``"warps"`` with 4 warps.
     """
 
     tile_q: int
@@ -76,6 +77,8 @@ CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
         Config(64, 64, 4, 2, "tma"),
         Config(32, 32, 4, 3, "tma"),
         Config(128, 128, 8, 2),
+        Config(64, 64, 4, 2, "warps"),
+        Config(64, 128, 4, 2, "warps"),
     ),
     (90, 128, 16): (
         Config(128, 128, 8, 2, "tma"),
@@ -84,9 +87,15 @@ CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
         Config(32, 32, 8, 2, "tma"),
         Config(128, 128, 8, 2),
         Config(128, 64, 8, 3),
+        Config(64, 64, 4, 2, "warps"),
+        Config(64, 128, 4, 2, "warps"),
     ),
-    (100, 64, 16): (Config(32, 32, 4, 3, "tma"),),
-    (100, 128, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 8, 2, "tma")),
+    (100, 64, 16): (Config(32, 32, 4, 3, "tma"), Config(128, 64, 4, 2, "warps"), Config(64, 64, 4, 2, "warps")),
+    (100, 128, 16): (
+        Config(128, 64, 8, 2, "tma"),
+        Config(32, 32, 8, 2, "tma"),
+        Config(64, 64, 4, 2, "warps"),
+    ),
 }
 
 
@@ -142,6 +151,20 @@ def no_descriptor(x: Tensor) -> str | None:
     if x.data_ptr() % 16:
         return f"it must begin at a multiple of 16 bytes, got {x.data_ptr() % 16} bytes past one"
     return None
+
+
+def variant_reason(variant: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Return why a variant cannot read tensors, or ``None``.
+
+    Args:
+        variant: One of ``options.VARIANTS``.
+        q: ``(B, H, Sq, D)`` queries, last axis contiguous.
+        k: ``(B, H, Sk, D)`` keys, likewise.
+        v: ``(B, H, Sk, D)`` values, likewise.
+    """
+    read = {"loads": {}, "tma": {"k": k, "v": v}, "warps": {"q": q, "k": k, "v": v}}[variant]
+    reasons = [f"{name}: {reason}" for name, x in read.items() if (reason := no_descriptor(x)) is not None]
+    return f"variant {variant!r} cannot read {'; '.join(reasons)}" if reasons else None
 
 
 def table_arch(capability: tuple[int, int]) -> int:

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...mask import BlockMask
 from .means import dropped_blocks
 from .options import Options
-from .triton_config import Config, no_descriptor
+from .triton_config import Config, variant_reason
 from .triton_means import MEANS_TILE, broadcast_strides, triton_block_means
 
 
@@ -127,6 +127,7 @@ def _block_sparse_fwd_kernel(
     mean_v_ptr,
     dropped_ptr,
     order_ptr,
+    q_descriptor,
     k_descriptor,
     v_descriptor,
     stride_qb,
@@ -182,7 +183,13 @@ def _block_sparse_fwd_kernel(
     present = inside[:, None] & (dims < HEAD_DIM)[None, :]
 
     q_tile = q_ptr + batch * stride_qb + head * stride_qh + start_q * stride_qs
-    q = tl.load(q_tile + offsets_q[:, None] * stride_qs + dims[None, :], mask=present, other=0.0)
+    if VARIANT == "warps":
+        # The compiler fails to specialise warps where queries are read by pointers.
+        q = _read_descriptor(
+            q_descriptor, tl.program_id(2), tl.program_id(1), start_q.to(tl.int32), TILE_Q, PADDED_DIM
+        )  # fmt: skip
+    else:
+        q = tl.load(q_tile + offsets_q[:, None] * stride_qs + dims[None, :], mask=present, other=0.0)
     k_head = k_ptr + batch * stride_kb + head * stride_kh
     v_head = v_ptr + batch * stride_vb + head * stride_vh
     list_ptr = indices_ptr + batch * stride_ib + head * stride_ih + row.to(tl.int64) * stride_iq
@@ -197,29 +204,42 @@ def _block_sparse_fwd_kernel(
     acc = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
-    for i in tl.range(0, full_count * SPLIT):
-        block = tl.load(list_ptr + i // SPLIT)
-        within = i % SPLIT * TILE_K
-        if VARIANT == "loads":
-            rows = within + tl.arange(0, TILE_K)
-            k = _read(k_head, block, rows, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
-            v = _read(v_head, block, rows, stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
-        else:
+    if VARIANT == "warps":
+        # It fails beside a second loop, too, so this one masks ragged blocks and, for nothing, full ones.
+        for i in tl.range(0, count * SPLIT, warp_specialize=True):
+            block = tl.load(list_ptr + i // SPLIT)
+            length = tl.load(length_ptr + block)
+            within = i % SPLIT * TILE_K
             start = block * BLOCK_K + within
             k = _read_descriptor(k_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
             v = _read_descriptor(v_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
-        acc, total, top = _add_all(q, k, v, acc, total, top, scale, WIDEN, PRECISION)
-    for i in tl.range(full_count * RAGGED_SPLIT, count * RAGGED_SPLIT):
-        block = tl.load(list_ptr + i // RAGGED_SPLIT)
-        length = tl.load(length_ptr + block)
-        rows = i % RAGGED_SPLIT * RAGGED_TILE_K + tl.arange(0, RAGGED_TILE_K)
-        # Padding is read as a copy of the last real key: cheaper than masked loads, and never out of bounds.
-        inner = tl.minimum(rows, tl.maximum(length, 1) - 1)
-        k = _read(k_head, block, inner, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
-        v = _read(v_head, block, inner, stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
-        scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
-        scores = tl.where((rows < length)[None, :], scores * scale, float("-inf"))
-        acc, total, top = _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
+            real = within + tl.arange(0, TILE_K) < length
+            scores = tl.where(real[None, :], _dot(q, tl.trans(k), None, WIDEN, PRECISION) * scale, float("-inf"))
+            acc, total, top = _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
+    else:
+        for i in tl.range(0, full_count * SPLIT):
+            block = tl.load(list_ptr + i // SPLIT)
+            within = i % SPLIT * TILE_K
+            if VARIANT == "loads":
+                rows = within + tl.arange(0, TILE_K)
+                k = _read(k_head, block, rows, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+                v = _read(v_head, block, rows, stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+            else:
+                start = block * BLOCK_K + within
+                k = _read_descriptor(k_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
+                v = _read_descriptor(v_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
+            acc, total, top = _add_all(q, k, v, acc, total, top, scale, WIDEN, PRECISION)
+        for i in tl.range(full_count * RAGGED_SPLIT, count * RAGGED_SPLIT):
+            block = tl.load(list_ptr + i // RAGGED_SPLIT)
+            length = tl.load(length_ptr + block)
+            rows = i % RAGGED_SPLIT * RAGGED_TILE_K + tl.arange(0, RAGGED_TILE_K)
+            # Padding is read as a copy of the last real key: cheaper than masked loads, and never out of bounds.
+            inner = tl.minimum(rows, tl.maximum(length, 1) - 1)
+            k = _read(k_head, block, inner, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+            v = _read(v_head, block, inner, stride_vs, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
+            scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
+            scores = tl.where((rows < length)[None, :], scores * scale, float("-inf"))
+            acc, total, top = _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
 
     if COMPENSATE:
         mean_head = (batch * tl.num_programs(1) + head) * tl.cdiv(num_k, MEANS_TILE) * MEANS_TILE * HEAD_DIM
@@ -261,10 +281,9 @@ def block_sparse_fwd(
     Raises:
         ValueError: The variant needs tensors that lie otherwise in memory.
     """
-    if config.variant != "loads":
-        reasons = [f"{name}: {reason}" for name, x in (("k", k), ("v", v)) if (reason := no_descriptor(x))]
-        if reasons:
-            raise ValueError(f"variant {config.variant!r} cannot read {'; '.join(reasons)}; use variant 'loads'")
+    reason = variant_reason(config.variant, q, k, v)
+    if reason is not None:
+        raise ValueError(f"{reason}; use variant 'loads'")
     scale, compensate = options.scale, options.compensate is not None
     if scale < 0:
         # The kernel takes the row maximum before it scales.
@@ -295,7 +314,8 @@ def block_sparse_fwd(
         mean_v,
         dropped,
         longest_first(mask),
-        *(_descriptor(x, config) for x in (k, v)),
+        _descriptor(q, config.tile_q) if config.variant == "warps" else None,
+        *(None if config.variant == "loads" else _descriptor(x, config.tile_k) for x in (k, v)),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -358,10 +378,8 @@ def constants(
     }
 
 
-def _descriptor(x: Tensor, config: Config) -> TensorDescriptor | None:
-    if config.variant == "loads":
-        return None
-    return TensorDescriptor.from_tensor(x, [1, 1, config.tile_k, triton.next_power_of_2(x.shape[3])])
+def _descriptor(x: Tensor, tile: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [1, 1, tile, triton.next_power_of_2(x.shape[3])])
 
 
 def compile_options(config: Config) -> dict[str, int | bool]:
