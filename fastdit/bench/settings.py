@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention import AttentionMethod, BlockMethod, get_method, list_methods, method_class
+from ..pipelines.presets import PRESETS
 from ..schedule import Schedule
 from ..search.candidates import SPARSE_VDIT as MODES
 from ..search.candidates import read_call
@@ -120,8 +121,9 @@ def default_settings() -> list[Setting]:
     and ``default``, which is what ``enable_sparse_attention`` takes for the demo.
     """
     cubes, tiles = {"tile": (4, 4, 4)}, {"order": "tile"}
+    demo = next(preset for preset in PRESETS if preset.family == "wan" and not preset.width)
     more = [
-        Setting("default", "draft", {**cubes, "per_row": True, "compensate": "mean"}),
+        Setting("default", demo.method, {name: value for name, value in demo.fields.items() if name != "density"}),
         Setting("draft-4x4x4", "draft", dict(cubes)),
         Setting("adaspa-tile", "adaspa", dict(tiles), SEARCH),
         Setting("sla-tile", "sla", dict(tiles)),
