@@ -1,4 +1,4 @@
-"""The hooks on a transformer: they tell its runtime about each forward pass, always outside of compiled graphs."""
+"""What always runs outside of compiled graphs: the hooks that tell a runtime about each forward pass, and training."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from .context import PassContext
 from .intercept import installed
+from .rebind import attend_numbered
 
 
 @torch.compiler.disable
@@ -42,6 +44,18 @@ def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> No
     installation = installed(transformer)
     if installation is not None:
         installation.runtime.end()
+
+
+@torch.compiler.disable(
+    reason="sparse attention with gradients runs between graphs: leave fullgraph out, or use torch.no_grad()"
+)
+def attend_between_graphs(*arguments: Any) -> Tensor:
+    """Run an attention call where autograd sees all that a method does: ``(B, H, S, D)`` or ``(B, S, H, D)``.
+
+    Args:
+        *arguments: Those of ``attend_numbered``.
+    """
+    return attend_numbered(*arguments)
 
 
 @contextmanager

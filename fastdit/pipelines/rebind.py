@@ -3,7 +3,7 @@
 A processor's ``__call__`` is bound again to a module of its own, in which only the names of the attention calls mean
 something else. Nothing global is changed and no code is copied. Under ``torch.compile`` the call becomes one opaque
 operator, so that policy never enters a graph: layers are told apart by a tensor, and neither a step nor a layer
-causes another compilation.
+causes another compilation. With gradients it runs between graphs instead, where autograd sees all that a method does.
 """
 
 from __future__ import annotations
@@ -55,6 +55,39 @@ def _attend(
     return out if heads_first else out.transpose(1, 2)
 
 
+def attend_numbered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    scale: float | None,
+    backend: str | None,
+    heads_first: bool,
+) -> Tensor:
+    """Run an attention call of a compiled transformer: ``(B, H, S, D)`` or ``(B, S, H, D)``, as the model has it.
+
+    Args:
+        q: ``(B, H, S, D)`` or ``(B, S, H, D)`` queries.
+        k: ``(B, H, S, D)`` or ``(B, S, H, D)`` keys.
+        v: ``(B, H, S, D)`` or ``(B, S, H, D)`` values.
+        mask: The mask the model passes, of any shape that its attention call takes.
+        layer: ``()`` int64, number of the layer.
+        scale: The softmax scale the model passes.
+        backend: The backend of diffusers that the model names.
+        heads_first: Whether heads come before tokens.
+    """
+
+    def stock() -> Tensor:
+        if heads_first:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        from diffusers.models import attention_dispatch
+
+        return attention_dispatch.dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
+
+    return _attend(LAYERS[int(layer)], q, k, v, mask, scale, None, heads_first, stock)
+
+
 @torch.library.custom_op("fastdit::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -66,15 +99,7 @@ def _attention(
     backend: str | None,
     heads_first: bool,
 ) -> Tensor:
-    def stock() -> Tensor:
-        if heads_first:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        from diffusers.models import attention_dispatch
-
-        return attention_dispatch.dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
-
-    out = _attend(LAYERS[int(layer)], q, k, v, mask, scale, None, heads_first, stock)
-    return out.contiguous()
+    return attend_numbered(q, k, v, mask, layer, scale, backend, heads_first).contiguous()
 
 
 @_attention.register_fake
@@ -91,14 +116,11 @@ def _(
     return torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
 
 
-def _no_backward(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError(
-        "gradients through sparse attention are not supported under torch.compile; "
-        "train without compiling the transformer, or call disable_sparse_attention() first"
-    )
+def _compiled(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    from .hooks import attend_between_graphs
 
-
-torch.library.register_autograd("fastdit::attention", _no_backward, setup_context=lambda ctx, inputs, output: None)
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return attend_between_graphs(q, k, v, *rest) if trains else _attention(q, k, v, *rest)
 
 
 def _obstacle(mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool, options: dict[str, Any]) -> str | None:
@@ -137,7 +159,7 @@ def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
         if layer is not None and obstacle is None and torch.compiler.is_compiling():
             backend = options.get("backend")
             backend = backend if backend is None or type(backend) is str else backend.value
-            return _attention(query, key, value, attn_mask, processor.fastdit_number, scale, backend, False)
+            return _compiled(query, key, value, attn_mask, processor.fastdit_number, scale, backend, False)
 
         def stock():
             return source.dispatch_attention_fn(
@@ -165,7 +187,7 @@ def _sdpa_shim(
     processor = _CURRENT.processor
     layer = None if processor is None else processor.fastdit_layer
     if layer is not None and obstacle is None and torch.compiler.is_compiling():
-        return _attention(query, key, value, attn_mask, processor.fastdit_number, scale, None, True)
+        return _compiled(query, key, value, attn_mask, processor.fastdit_number, scale, None, True)
 
     def stock():
         return F.scaled_dot_product_attention(
