@@ -13,6 +13,7 @@ from cli_runs import SIZE, folder, run, run_json, spawn
 
 import fastdit.bench.contenders
 import fastdit.bench.jobs
+import fastdit.bench.quality
 import fastdit.cli.bench_build
 from fastdit.bench.contenders import Contender
 from fastdit.bench.random_models import MODELS
@@ -101,6 +102,26 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert run(*KERNELS, *both, "-o", file, "--resume").exit_code == 0
     assert len(parts(file)) == 6
+
+
+def test_ctrl_c_between_videos(tmp_path, monkeypatch):
+    stock, made = fastdit.bench.quality._video, []
+
+    def video(studio, prompt, seed, method, schedule):
+        made.append(method if method == "dense" else method.name)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return stock(studio, prompt, seed, method, schedule)
+
+    monkeypatch.setattr(fastdit.bench.quality, "_video", video)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    command = ("bench", "quality", "--model", folder(), *SIZE, "--prompts", tmp_path / "prompts.txt", "--resume")
+    command += ("--settings", "sla(density=0.5), draft(density=0.5), default(density=0.5)", "--densities", "0.5")
+    assert run(*command, "-o", tmp_path / "rows.jsonl").exit_code == 130
+    assert made == ["dense", "sla", "draft", "draft"]  # one dense video serves all of a prompt
+    assert parts(tmp_path / "rows.jsonl") == ["sla(density=0.5)", "draft(density=0.5)"]
+    assert run(*command, "-o", tmp_path / "rows.jsonl").exit_code == 0
+    assert made[4:] == ["dense", "draft"] and len(parts(tmp_path / "rows.jsonl")) == 3
 
 
 @pytest.mark.parametrize(

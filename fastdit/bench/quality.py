@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def quality_jobs(
     about: dict[str, Any],
     seconds: float | None = None,
 ) -> list[Job]:
-    """Make a job for each prompt and seed: the dense video, then each setting at each density.
+    """Make a job for each prompt, seed, setting and density; those of one prompt and seed share the dense video.
 
     Args:
         studio: Loads the pipeline, when it is first needed.
@@ -100,52 +100,62 @@ def quality_jobs(
         setting, density = parts[part]
         return setting, density, setting.at(density, lambda every: some_layers(calibration(), every))
 
+    @lru_cache(maxsize=1)
+    def dense(prompt: str, seed: int) -> tuple[np.ndarray, float]:
+        clip, taken, _ = _video(shared(), prompt, seed, DENSE, Schedule())
+        keep(shared(), DENSE, prompt, seed, clip)
+        return clip, taken
+
+    def estimate(first: bool, of_prompt: bool) -> float | None:
+        if seconds is None:
+            return None
+        # before the first, dense calls are kept and looked at; every map of calibrated methods is an exact one
+        return seconds * (SPARSE + of_prompt + (1 + 2 * calibrated if first else 0))
+
     return [
         Job(
             "quality",
             f"{model} | {prompt} | {seed}",
-            tuple(parts),
-            partial(_measure, shared, find, prompt, seed),
-            # before the first, dense calls are kept and looked at; every map of calibrated methods is an exact one
-            None if seconds is None else seconds * (1 + SPARSE * len(parts) + (0 if i else 1 + 2 * calibrated)),
+            (part,),
+            partial(_measure, shared, find, dense, prompt, seed),
+            estimate(first=i == j == 0, of_prompt=j == 0),
             {"model": model, "prompt": prompt, "clip_seed": seed, **about},
-            1 + len(parts),
         )
         for i, (prompt, seed) in enumerate(itertools.product(prompts, seeds))
+        for j, part in enumerate(parts)
     ]
 
 
 def _measure(
     shared: Callable[[], Studio],
     find: Callable[[str], tuple[Setting, float | None, Any]],
+    dense: Callable[[str, int], tuple[np.ndarray, float]],
     prompt: str,
     seed: int,
     todo: Collection[str],
     advance: Callable[[], None],
 ) -> Outcome:
     outcome, studio = Outcome(), shared()
-    found = {part: find(part) for part in todo}
-    dense, dense_seconds, _ = _video(studio, prompt, seed, DENSE, Schedule())
-    keep(studio, DENSE, prompt, seed, dense)
-    advance()
-    for part, (setting, asked, method) in found.items():
+    for part in todo:
+        setting, asked, method = find(part)
         if isinstance(method, str):
             outcome.absent[part] = method
             continue
+        reference, dense_seconds = dense(prompt, seed)
         clip, seconds, handle = _video(studio, prompt, seed, method, setting.schedule)
         advance()
         if not np.isfinite(clip).all():
             outcome.faults[part] = "the video has values that are no numbers"
             continue
-        files = keep(studio, part, prompt, seed, clip, dense)
+        files = keep(studio, part, prompt, seed, clip, reference)
         outcome.rows[part] = {
             "setting": setting.describe(method),
             "asked": asked,
             "density": handle.density,
             "overall_density": handle.overall_density,
-            **compare_clips(clip, dense),
+            **compare_clips(clip, reference),
             "accuracy": None if studio.judge is None else studio.judge(clip, prompt),
-            "dense_accuracy": None if studio.judge is None else studio.judge(dense, prompt),
+            "dense_accuracy": None if studio.judge is None else studio.judge(reference, prompt),
             "seconds": seconds,
             "dense_seconds": dense_seconds,
             "speedup": dense_seconds / seconds,

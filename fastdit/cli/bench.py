@@ -104,7 +104,7 @@ def quality(
 ) -> None:
     """Make videos with each method beside dense ones of the same prompt and seed, at equal realised density.
 
-    Under accelerate launch or torchrun the prompts are divided among the processes.
+    Under accelerate launch or torchrun the videos are divided among the processes.
     """
     from .bench_build import build_quality
     from .bench_model import Model

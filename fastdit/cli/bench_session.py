@@ -107,7 +107,8 @@ class Session:
         try:
             for number, job in enumerate(mine, 1):
                 self.screen.clear()
-                bar = self.screen.start(f"{job.benchmark} {number}/{len(mine)}: {job.name[:60]}", job.steps)
+                what = job.name if len(job.parts) > 1 else f"{job.parts[0]}, {job.name}"
+                bar = self.screen.start(f"{job.benchmark} {number}/{len(mine)}: {what[:60]}", job.steps)
                 faults |= run_job(job, store, about, bar.advance)
                 bar.finish()
         except BaseException:
@@ -154,11 +155,15 @@ def plan_table(jobs: Sequence[Job], rows: Sequence[Row]) -> Table:
     """
     table = plain_table("what would run", "benchmark", "job", "measurements", "about", numbers=False)
     total = 0.0
+    by_name: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
-        todo = job.missing(rows)
-        seconds = (job.seconds or 0.0) if todo else 0.0
+        by_name.setdefault((job.benchmark, job.name), []).append(job)
+    for (benchmark, name), group in by_name.items():
+        todo = [(len(missing), job.seconds or 0.0) for job in group if (missing := job.missing(rows))]
+        seconds = sum(each for _, each in todo)
         total += seconds
-        add_row(table, job.benchmark, job.name, str(len(todo)), "?" if job.seconds is None else _spell(seconds))
+        about = "?" if group[0].seconds is None else _spell(seconds)
+        add_row(table, benchmark, name, str(sum(count for count, _ in todo)), about)
     unknown = any(job.seconds is None for job in jobs)
     table.caption = f"in all about {_spell(total)}" + (", without those that nobody knows" if unknown else "")
     table.caption_justify = "left"
