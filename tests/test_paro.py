@@ -12,7 +12,8 @@ from test_paro_plan import plan_for
 
 import fastdit
 from fastdit.attention import MethodState, get_method, mass
-from fastdit.attention.paro import calibrate, stack_heads
+from fastdit.attention.ordered import stack_heads
+from fastdit.attention.paro import calibrate
 from fastdit.attention.paro_calibration import keep_largest, order_scores, order_statistics
 from fastdit.attention.paro_plan import AXIS_ORDERS
 from fastdit.layout import TokenLayout, axis_order

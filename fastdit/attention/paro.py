@@ -14,7 +14,7 @@ from ..layout import TokenLayout, axis_order
 from ..schedule import step_bucket
 from ..tokens import AttentionCall, TokenSpec
 from .base import BlockMethod, Pattern, register
-from .ordered import pattern_of
+from .ordered import pattern_of, stack_heads
 from .paro_calibration import calibrate
 from .paro_plan import ParoPlan
 from .state import MethodState
@@ -133,19 +133,6 @@ def _layouts(
     key = ("axes", plan.block_size, call.tokens, device)
     layouts = {axes: state.cache.static((*key, axes), partial(build, axes)) for axes in set(orders)}
     return [layouts[axes] for axes in orders]
-
-
-def stack_heads(layouts: Sequence[TokenLayout]) -> TokenLayout:
-    """Give each head a layout of its own.
-
-    Args:
-        layouts: For each head the layout of one order, of the same tokens and blocks.
-    """
-    first = layouts[0]
-    if all(layout is first for layout in layouts):
-        return first
-    index, inverse = (torch.cat([getattr(layout, name) for layout in layouts]) for name in ("index", "inverse"))
-    return TokenLayout(index, inverse, first.block, first.video_blocks, identity=False)
 
 
 def _place(tokens: TokenSpec) -> str:

@@ -22,13 +22,15 @@ _FLAT = (1, 8, 8)
 # alone. AdaSpa's heads do not share their blocks, because each may get another method.
 _GRID: dict[str, tuple[dict[str, Any], ...]] = {
     DENSE: ({},),
+    "profiled": (
+        {"density": 0.05, "compensate": "mean"},
+        {"density": 0.1, "compensate": "mean"},
+        {"density": 0.2, "compensate": "mean"},
+        {"density": 0.35, "compensate": "mean"},
+        {"density": 0.5, "compensate": "mean"},
+    ),
     "draft": (
-        {"density": 0.05, "tile": _TILE, "per_row": True, "compensate": "mean"},
         {"density": 0.1, "tile": _TILE, "per_row": True, "compensate": "mean"},
-        {"density": 0.2, "tile": _TILE, "per_row": True, "compensate": "mean"},
-        {"density": 0.35, "tile": _TILE, "per_row": True, "compensate": "mean"},
-        {"density": 0.5, "tile": _TILE, "per_row": True, "compensate": "mean"},
-        {"density": 0.1, "tile": _FLAT, "per_row": True, "compensate": "mean"},
         {"density": 0.25, "tile": _FLAT, "per_row": True, "compensate": "mean"},
         {"density": 0.2, "tile": _TILE, "compensate": "mean"},
     ),

@@ -1,0 +1,163 @@
+"""Tiles of the shape that suits each head, found out while the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..layout import TokenLayout, token_order
+from ..tokens import AttentionCall
+from .base import BlockMethod, Pattern, check_block_size, check_density, register
+from .ordered import pattern_of, stack_heads
+from .reorder import part_scores, pool_laid_out
+from .select import by_heads, keep_top_k, top_count
+from .state import MethodState
+
+Tile = tuple[int, int, int]
+
+
+@register("profiled")
+@dataclass(frozen=True, kw_only=True)
+class Profiled(BlockMethod):
+    """Cut the video into tiles of a shape that each head chooses, and attend to the tiles that matter.
+
+    Heads that look at a row, a column or one place in all frames need other tiles than those that look at what is near.
+    In the first sparse call of a video each layer computes a few queries exactly, and with the blocks that it would
+    choose in tiles of each shape; the shape that comes nearest stays for the video. Which blocks are computed is
+    drafted as by ``draft``: from the means of parts of tiles, the same number in each row.
+
+    Args:
+        density: Fraction of blocks to keep in each row, in (0, 1].
+        tiles: Shapes to choose from, ``(frames, height, width)`` tokens each. A block is a tile where both have the
+            same size and the video is a multiple of it; elsewhere tiles follow each other without padding.
+        block_size: Tokens per block, a power of two in [16, 256].
+        parts: Runs of tokens that a block is cut into, each with a mean of its own, a divisor of ``block_size``.
+        samples: Queries that are computed exactly to choose a shape, at least 1.
+
+    Raises:
+        ValueError: A value is out of its range.
+
+    Source: fastdit. Profiling is that of Sparse VideoGen (arXiv 2502.01776), section 4, which chooses between two
+        patterns; the draft that of DraftAttention (arXiv 2505.14708).
+    """
+
+    density: float = 0.25
+    tiles: tuple[Tile, ...] = ((4, 4, 4), (1, 8, 8), (2, 4, 8), (4, 1, 16), (4, 16, 1))
+    block_size: int = 64
+    parts: int = 8
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_density(self.density)
+        check_block_size("block_size", self.block_size)
+        object.__setattr__(self, "tiles", tuple(tuple(tile) for tile in self.tiles))
+        if not self.tiles or not all(
+            len(tile) == 3 and all(type(n) is int and n > 0 for n in tile) for tile in self.tiles
+        ):
+            raise ValueError(f"tiles must be (frames, height, width) of at least 1 each, got {self.tiles!r}")
+        if type(self.parts) is not int or self.parts < 1 or self.block_size % self.parts:
+            raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
+        if type(self.samples) is not int or self.samples < 1:
+            raise ValueError(f"samples must be a number of at least 1, got {self.samples!r}; 64 is usual")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Compute the attention, in the first call of a video after each head has got its shape.
+
+        Args:
+            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
+            k: ``(B, H, S, D)`` keys, likewise.
+            v: ``(B, H, S, D)`` values.
+            call: The call.
+            state: Keeps the shapes for the video.
+
+        Returns:
+            ``(B, H, S, D)``, in the dtype of ``q``.
+        """
+        if _chosen(q, call, state) is None:
+            with torch.no_grad():
+                state.measure("choice", q.device, lambda: self._choose(q, k, v, call, state))
+        return super().forward(q, k, v, call, state)
+
+    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
+        """Keep the best blocks of each row, in the tiles that each head has chosen.
+
+        Args:
+            q: ``(B, H, S, D)`` queries.
+            k: ``(B, H, S, D)`` keys.
+            call: The call.
+            state: Brings the shapes; without a ``forward`` before, they are chosen by the mean of the keys that matter.
+        """
+        shapes = _chosen(q, call, state) or self._choose(q, k, k, call, state)
+        layouts = self._layouts(call, q.device, state)
+        return self._draft(q, k, stack_heads([layouts[i] for i in shapes]), call)
+
+    def _draft(self, q: Tensor, k: Tensor, layout: TokenLayout, call: AttentionCall) -> Pattern:
+        video = layout.video_blocks
+        count = top_count(self.density, video)
+
+        def choose(part: slice) -> Tensor:
+            own = _of_heads(layout, part)
+            return keep_top_k(part_scores(q[:, part], k[:, part], own, parts=self.parts, scale=_scale(q, call)), count)
+
+        kept = by_heads(choose, q.shape[1], q.shape[0] * (video * self.parts) ** 2)
+        # Padding is at the same places for all heads, so one list of lengths serves all.
+        return Pattern(layout, pattern_of(_of_heads(layout, slice(1)), kept, max_count=count).mask)
+
+    def _choose(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...]:
+        video = call.tokens.video
+        count = min(self.samples, call.tokens.grid.num_tokens)
+        rows = torch.linspace(video.start, video.stop - 1, count, device=q.device).round().long()
+        logits = q[:, :, rows].float() @ k.float().mT * _scale(q, call)
+        if call.key_padding is not None:
+            logits.masked_fill_(call.key_padding[:, None, None], -torch.inf)
+        exact = logits.softmax(-1) @ v.float()
+        errors = []
+        for layout in self._layouts(call, q.device, state):
+            pattern = self._draft(q, k, layout, call)
+            errors.append((self._outputs(q, k, v, rows, logits, pattern, call) - exact).square().sum((0, 2, 3)))
+        shapes = tuple(torch.stack(errors).argmin(0).tolist())
+        state.memory["profiled"] = (call.tokens, q.shape[:2], shapes)
+        return shapes
+
+    def _outputs(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, logits: Tensor, pattern: Pattern, call: AttentionCall
+    ) -> Tensor:
+        """Compute what the sampled queries would get from the blocks of a pattern: ``(B, H, n, D)`` fp32."""
+        layout, blocks = pattern.layout, pattern.mask.to_dense()
+        block_of = layout.inverse[0] // layout.block
+        listed = blocks[:, :, block_of[rows]]
+        logits = logits.masked_fill(~listed[..., block_of], -torch.inf)
+        values = v.float()
+        if self.compensate is not None:
+            means_k, means_v = (pool_laid_out(layout, x) for x in (k, v))
+            more = q[:, :, rows].float() @ means_k.mT * _scale(q, call) + layout.block_lengths.float().log()
+            logits = torch.cat([logits, more.masked_fill(listed, -torch.inf)], -1)
+            values = torch.cat([values, means_v], 2)
+        return logits.softmax(-1) @ values
+
+    def _layouts(self, call: AttentionCall, device: torch.device, state: MethodState) -> list[TokenLayout]:
+        def build(tile: Tile) -> TokenLayout:
+            order = token_order(call.tokens.grid, "tile", tile)
+            return TokenLayout.build(call.tokens, block=self.block_size, order=order, device=device)
+
+        key = ("profiled", self.block_size, call.tokens, device)
+        return [state.cache.static((*key, tile), partial(build, tile)) for tile in self.tiles]
+
+
+def _chosen(q: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...] | None:
+    tokens, size, shapes = state.memory.get("profiled", (None, None, ()))
+    return shapes if (tokens, size) == (call.tokens, q.shape[:2]) else None
+
+
+def _scale(q: Tensor, call: AttentionCall) -> float:
+    return q.shape[-1] ** -0.5 if call.scale is None else call.scale
+
+
+def _of_heads(layout: TokenLayout, heads: slice) -> TokenLayout:
+    if layout.index.shape[0] == 1:
+        return layout
+    return TokenLayout(layout.index[heads], layout.inverse[heads], layout.block, layout.video_blocks, identity=False)
