@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from fastdit.attention import MethodState, get_method
 from fastdit.attention.kernels import block_sparse_attention, list_precisions
 from fastdit.attention.kernels.options import VARIANTS, Options
 from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, Config, table_arch
+from fastdit.attention.linear import linear_attention
 from fastdit.bench.contenders import Contender, Run, Unavailable, contenders, prepare
 from fastdit.bench.jobs import Job, Outcome, run_job
 from fastdit.bench.kernels import kernel_jobs, random_blocks, random_tensors
@@ -78,6 +80,8 @@ def suite(device: str, *, tiny: bool = False) -> list[Job]:
     low = [c for c in known if c.name.endswith(LOW) or c.name in ("fastdit-triton", "sdpa-cudnn", "sdpa-flash")]
     jobs += _titled("low precision", timed(problems[:2], low, densities=(0.2, 1.0)))
     jobs += [method_job(problem, device, repeats) for problem in problems[:2]]
+    jobs += [sla_check_job(dim, dtype, device) for dtype in dtypes[tiny:] for dim in ((16,) if tiny else (128, 64, 72))]
+    jobs += [sla_job(problem, density, device, repeats) for problem in problems[:2] for density in (0.05, 0.1)]
     jobs += [backward_job(problem, density, device, repeats) for problem in problems[:2] for density in (0.2, 0.1)]
     jobs += _titled("forward", timed(problems[4:], plain, densities=DENSITIES))
     return jobs
@@ -203,6 +207,84 @@ def backward_job(problem: Problem, density: float, device: str, repeats: int) ->
 
     parts = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "flex", "fastdit-fa4", "fastdit-triton")
     return Job("backward", f"{problem.name} @{density:g}", parts, run, about={"problem": problem.describe()})
+
+
+def sla_check_job(head_dim: int, dtype: torch.dtype, device: str) -> Job:
+    """Compare linear attention in Triton, gradients too, with eager code in fp64, in poisoned memory.
+
+    Args:
+        head_dim: Channels of a head.
+        dtype: Of queries, keys and values.
+        device: Where it runs.
+    """
+    parts = {**dict.fromkeys(("softmax", "elu", "relu", "given"), True), "softmax over all": False}
+
+    def run(todo: Collection[str], advance: Callable[[], None]) -> Outcome:
+        outcome = Outcome()
+        problem = problem_of(256, head_dim, 2)
+        tensors = [x[:, :, :231].abs().softmax(-1) + x[:, :, :231] for x in random_tensors(problem, dtype, device)]
+        blocks = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+        lengths = torch.tensor([32] * 6 + [0, 7], dtype=torch.int32, device=device).view(1, 1, -1)
+
+        def results(features: str, covered: Tensor | None, kernel: str, tensors: list[Tensor]) -> list[Tensor]:
+            inputs = [x.abs() if features == "given" and i < 2 else x for i, x in enumerate(tensors)]
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            out = linear_attention(*inputs, covered, lengths, 32, features, kernel)
+            return [out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, out.numel()).to(out).view_as(out))]
+
+        for part in todo:
+            case = part.split()[0], blocks.to(device) if parts[part] else None
+            with poisoned_empty():
+                found = results(*case, "triton", tensors)
+            exact, eager = (results(*case, "eager", [x.to(t) for x in tensors]) for t in (torch.float64, dtype))
+            for name, x, y, z in zip(("out", "dq", "dk", "dv"), found, exact, eager, strict=True):
+                error, budget = (
+                    (x - y).abs().max(),
+                    2 * (z - y).abs().max() + 8 * torch.finfo(dtype).eps * y.abs().max(),
+                )
+                if not error <= budget:
+                    outcome.faults[part] = f"{name}: error {error:.3g}, budget {budget:.3g}"
+            if part not in outcome.faults:
+                outcome.rows[part] = {"right": True}
+            advance()
+        return outcome
+
+    return Job("sla check", f"{str(dtype).removeprefix('torch.')} {head_dim}", tuple(parts), run)
+
+
+def sla_job(problem: Problem, density: float, device: str, repeats: int) -> Job:
+    """Time SLA's exact part, both parts, and both with their backward, beside dense attention; without the choice.
+
+    Args:
+        problem: The problem.
+        density: Fraction of the blocks that is critical, in (0, 1].
+        device: Where it runs.
+        repeats: Rounds at least.
+    """
+    variants = ("full", "paper")
+
+    def run(todo: Collection[str], advance: Callable[[], None]) -> Outcome:
+        q, k, v = tensors = [x.requires_grad_() for x in random_tensors(problem, torch.bfloat16, device)]
+        call, grad = AttentionCall(problem.tokens), torch.randn_like(q)
+        runs: dict[str, Callable[[], Any]] = {"dense": torch.no_grad()(lambda: F.scaled_dot_product_attention(q, k, v))}
+        runs["dense training"] = lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), tensors, grad)
+        for variant in variants:
+            method = get_method("sla", variant=variant, density=density)
+            weights = method.make_weights(problem.heads, problem.head_dim).to(device)
+            for name, state in (("exact", MethodState()), ("whole", MethodState(weights=weights))):
+                state.resolve(method, q, k, call)
+                state.refresh = False
+                forward = partial(method.forward, q, k, v, call, state)
+                runs[f"{variant} {name}"] = torch.no_grad()(forward)
+                runs[f"{variant} {name} training"] = partial(lambda f: torch.autograd.grad(f(), tensors, grad), forward)
+        return _times({part: runs[part] for part in todo}, device, repeats, advance)
+
+    parts = [
+        f"{of}{end}"
+        for of in ("dense", *(f"{v} {n}" for v in variants for n in ("exact", "whole")))
+        for end in ("", " training")
+    ]
+    return Job("sla", f"{problem.name} @{density:g}", tuple(parts), run, about={"problem": problem.describe()})
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def run(case, *tensors, grad):
 
 
 def test_any_memory_order_and_a_few_heads_at_a_time(monkeypatch, poisoned_empty):
-    case = SlaCase(tokens=24, padded=True)
+    case = SlaCase(tokens=17, padded=True)
     *tensors, grad = case.tensors(BF16)
     expected = run(case, *tensors, grad=grad)
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
@@ -50,11 +50,11 @@ def test_any_memory_order_and_a_few_heads_at_a_time(monkeypatch, poisoned_empty)
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)], ids=str)
 def test_sums_do_not_get_worse_with_length(dtype, error):
-    """Of values far from 0, over a thousand keys: a sum in bf16 would be off by several of its units."""
-    q, k = torch.rand(2, 1, 1, 1024, 16).to(dtype)
-    v = (torch.randn(1, 1, 1024, 16) + 3).to(dtype)
-    lengths = torch.full((1, 1, 64), 16, dtype=torch.int32)
-    blocks = torch.rand(1, 1, 64, 64) < 0.9
+    """Of values far from 0, over hundreds of keys: a sum in bf16 would be off by several of its units."""
+    q, k = torch.rand(2, 1, 1, 512, 16).to(dtype)
+    v = (torch.randn(1, 1, 512, 16) + 3).to(dtype)
+    lengths = torch.full((1, 1, 32), 16, dtype=torch.int32)
+    blocks = torch.rand(1, 1, 32, 32) < 0.9
     out = linear_attention(q, k, v, blocks, lengths, 16, "given", "triton")
     weight = (q.double() @ k.double().mT) * blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
     wanted = weight @ v.double() / weight.sum(-1, keepdim=True)
@@ -75,7 +75,7 @@ def test_the_method_runs_in_triton_as_it_does_without(fields):
     weights = method.make_weights(2, 16)
     for parameter in weights.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    spec = TokenSpec(VideoGrid(2, 4, 5), 5)
+    spec = TokenSpec(VideoGrid(2, 3, 5), 5)
     q, k, v, grad = torch.randn(4, 1, 2, spec.num_tokens, 16).unbind()
     assert choose_linear(q, v, 16) == "triton" and choose_linear(q, v, 16, "cpu") == "eager"
     results = []

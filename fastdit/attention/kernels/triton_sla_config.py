@@ -47,24 +47,30 @@ class SlaConfig:
     step: int = 64
 
 
-_STATES = {64: TokenConfig(64, 64, 4, 2), 128: TokenConfig(64, 128, 8, 2)}
-_TOKENS = {64: TokenConfig(64, 32, 4, 2), 128: TokenConfig(64, 32, 4, 2)}
-_STATES_SINGLE = {64: TokenConfig(32, 64, 8, 2), 128: TokenConfig(32, 64, 8, 2)}
-_TOKENS_SINGLE = {64: TokenConfig(32, 32, 4, 2), 128: TokenConfig(32, 32, 8, 2)}
 _ARCHITECTURES = (80, 89, 90, 100, 120)
+# With two stages the assembler would rather spill than give up a program per multiprocessor.
+_TOKENS_64 = TokenConfig(64, 64, 8, 3)
+_TOKENS_128 = TokenConfig(64, 32, 8, 2)
+_HALF_64 = SlaConfig(TokenConfig(64, 64, 4, 2), _TOKENS_64, _TOKENS_64)
+_HALF_128 = SlaConfig(TokenConfig(32, 128, 8, 2), _TOKENS_128, _TOKENS_128)
+# fp16 takes three products for one; where registers feed them, there are enough for half of the features.
+_HALF_128_LESS = SlaConfig(TokenConfig(32, 64, 8, 2), _TOKENS_128, _TOKENS_128)
+# Tensor cores that read their operands from shared memory leave registers for more tokens.
+_HALF_128_WIDE = SlaConfig(TokenConfig(64, 128, 8, 2), _TOKENS_128, _TOKENS_128)
+# fp32 takes six products for one, and their registers.
+_SINGLE_64 = SlaConfig(TokenConfig(32, 64, 8, 2), TokenConfig(32, 16, 8, 2), TokenConfig(32, 16, 8, 2), step=32)
+_SINGLE_128 = SlaConfig(TokenConfig(16, 64, 8, 2), TokenConfig(32, 32, 8, 2), TokenConfig(32, 32, 8, 2), step=32)
 
-# (architecture, head dim, bits per element): the tile is cut to what divides the block.
+# (architecture, head dim, bits per element). Tiles are cut to what divides the block, chunks to the features.
 TABLE: dict[tuple[int, int, int], SlaConfig] = {
-    **{
-        (arch, dim, 16): SlaConfig(_STATES[dim], _TOKENS[dim], _TOKENS[dim])
-        for arch in _ARCHITECTURES
-        for dim in (64, 128)
-    },
-    **{
-        (arch, dim, 32): SlaConfig(_STATES_SINGLE[dim], _TOKENS_SINGLE[dim], _TOKENS_SINGLE[dim])
-        for arch in _ARCHITECTURES
-        for dim in (64, 128)
-    },
+    **{(arch, 64, 16): _HALF_64 for arch in _ARCHITECTURES},
+    (80, 128, 16): _HALF_128,
+    (89, 128, 16): _HALF_128_LESS,
+    (90, 128, 16): _HALF_128_WIDE,
+    (100, 128, 16): _HALF_128,
+    (120, 128, 16): _HALF_128_LESS,
+    **{(arch, 64, 32): _SINGLE_64 for arch in _ARCHITECTURES},
+    **{(arch, 128, 32): _SINGLE_128 for arch in _ARCHITECTURES},
 }
 
 

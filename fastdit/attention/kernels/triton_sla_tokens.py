@@ -19,13 +19,11 @@ from .triton_sla_states import _features, _softmax_of, token_constants, token_op
 
 @triton.jit
 def _add_times_state(
-    a, state, acc, TURNED: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    a, state, acc, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     for i in tl.static_range(STATE_PARTS):
         b = tl.load(state + i * WIDTH)
-        if TURNED:
-            b = tl.trans(b)
         rest = a
         for _ in tl.static_range(min(PARTS, STATE_PARTS - i)):
             part = rest.to(tl.bfloat16)
@@ -70,7 +68,7 @@ def _times_features(
         z = _load_sum(state_ptr + PADDED_FEATURES * PADDED_DIM + features, STATE_PARTS, WIDTH)
         alone += tl.sum(f * z[None, :], 1)
         state = state_ptr + (dims[None, :] * PADDED_FEATURES + features[:, None])
-        values = _add_times_state(f, state, values, False, PARTS, STATE_PARTS, WIDTH, WIDEN)
+        values = _add_times_state(f, state, values, PARTS, STATE_PARTS, WIDTH, WIDEN)
     return values, alone
 
 
@@ -196,8 +194,8 @@ def _gradients_kernel(
         features = first + tl.arange(0, CHUNK)
         x, f = _features(x_rows, present, top, share, features, FEATURES, MAP, PARTS)
         z = _load_sum(state_ptr + PADDED_FEATURES * PADDED_DIM + features, STATE_PARTS, WIDTH)
-        state = state_ptr + (dims[None, :] * PADDED_FEATURES + features[:, None])
-        df = _add_times_state(y, state, None, True, PARTS, STATE_PARTS, WIDTH, WIDEN)
+        state = state_ptr + (dims[:, None] * PADDED_FEATURES + features[None, :])
+        df = _add_times_state(y, state, None, PARTS, STATE_PARTS, WIDTH, WIDEN)
         df = df * weight[:, None] + alone[:, None] * z[None, :]
         if MAP == "softmax":
             df = f * (df - along[:, None])
