@@ -14,25 +14,25 @@ DENSE = "dense"
 PARO = "paro"
 
 _TILE = (4, 4, 4)
-_FLAT = (1, 8, 8)
+_CUBES: dict[str, Any] = {"tile": _TILE, "per_row": True, "parts": 8, "compensate": "mean"}
 
 # Fields of the candidates that a method has by default: unlike each other, so that what one head lacks another has.
 # Blocks that stand in by their means are worth most where little is kept, and where a block is a tile, of the whole
-# video or of a frame, or one position in all frames. Heads that attend to everything alike are served by stripes
-# alone. AdaSpa's heads do not share their blocks, because each may get another method.
+# video, a frame, a row or a column, or one position in all frames. Heads that attend to everything alike are served by
+# stripes alone. AdaSpa's heads do not share their blocks, because each may get another method.
 _GRID: dict[str, tuple[dict[str, Any], ...]] = {
     DENSE: ({},),
-    "profiled": (
-        {"density": 0.05, "compensate": "mean"},
-        {"density": 0.1, "compensate": "mean"},
-        {"density": 0.2, "compensate": "mean"},
-        {"density": 0.35, "compensate": "mean"},
-        {"density": 0.5, "compensate": "mean"},
-    ),
     "draft": (
-        {"density": 0.1, "tile": _TILE, "per_row": True, "compensate": "mean"},
-        {"density": 0.25, "tile": _FLAT, "per_row": True, "compensate": "mean"},
-        {"density": 0.2, "tile": _TILE, "compensate": "mean"},
+        {"density": 0.05, **_CUBES},
+        {"density": 0.1, **_CUBES},
+        {"density": 0.2, **_CUBES},
+        {"density": 0.35, **_CUBES},
+        {"density": 0.5, **_CUBES},
+        {"density": 0.1, **_CUBES, "tile": (1, 8, 8)},
+        {"density": 0.25, **_CUBES, "tile": (1, 8, 8)},
+        {"density": 0.1, **_CUBES, "tile": (4, 1, 16)},
+        {"density": 0.1, **_CUBES, "tile": (4, 16, 1)},
+        {"density": 0.2, **_CUBES, "per_row": False},
     ),
     "adaspa": ({"density": 0.1, "order": "tile", "tile": _TILE, "adaptive": False, "compensate": "mean"},),
     "radial": ({"block_size": 64, "compensate": "mean"},),
@@ -40,6 +40,7 @@ _GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "multi_diagonal": ({"density": 0.1, "compensate": "mean"},),
     "vertical_stripe": ({"density": 0.05}, {"density": 0.15}),
     "skip": ({},),
+    "profiled": (),  # finds out while it runs what a search does beforehand
     PARO: (),  # its masks are calibrated first, see the preset
 }
 _OTHERS = ({"density": 0.1}, {"density": 0.3})
