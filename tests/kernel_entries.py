@@ -12,6 +12,7 @@ from backward_entries import BACKWARD
 from choice_entries import CHOICE
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 from precision_entries import PRECISION
+from sla_entries import SLA
 
 from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, TABLE_SINGLE_MEANS, Config
 from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, compile_options, constants
@@ -96,7 +97,7 @@ def block_means() -> Iterator[Entry]:
             )
 
 
-KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE, *BACKWARD, *PRECISION)
+KERNELS: tuple[Callable[[], Iterator[Entry]], ...] = (fwd, block_means, *CHOICE, *BACKWARD, *PRECISION, *SLA)
 
 
 def entries() -> dict[str, Entry]:

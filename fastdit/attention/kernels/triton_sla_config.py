@@ -64,6 +64,7 @@ _SINGLE_128 = SlaConfig(TokenConfig(16, 64, 8, 2), TokenConfig(32, 32, 8, 2), To
 # (architecture, head dim, bits per element). Tiles are cut to what divides the block, chunks to the features.
 TABLE: dict[tuple[int, int, int], SlaConfig] = {
     **{(arch, 64, 16): _HALF_64 for arch in _ARCHITECTURES},
+    (120, 64, 16): SlaConfig(TokenConfig(32, 64, 4, 2), _TOKENS_64, _TOKENS_64),  # twice the tokens spill in fp16
     (80, 128, 16): _HALF_128,
     (89, 128, 16): _HALF_128_LESS,
     (90, 128, 16): _HALF_128_WIDE,
