@@ -81,7 +81,7 @@ def test_the_file_is_for_people(tmp_path):
     assert values["video"] == {"grid": [3, 8, 8], "text_first": True, "text_tokens": 4}
     assert values["candidates"][1] == {
         "method": "draft",
-        "fields": {"compensate": None, "density": 1 / 3, "per_row": False, "tile": [1, 4, 4]},
+        "fields": {"compensate": None, "density": 1 / 3, "parts": 1, "per_row": False, "tile": [1, 4, 4]},
     }
     assert values["transformers"]["transformer"]["choices"] == [[[0, 1], [1, 2]], [[1, 1], [2, 0]]]
     assert values["transformers"]["transformer"]["layers"] == 2
