@@ -75,6 +75,7 @@ def test_handle_counts():
         "density": 0.4,
         "tile": [1, 4, 4],
         "per_row": True,
+        "parts": 8,
     }
     assert report["schedule"]["warmup_steps"] == 1
     first, last = report["layers"]
@@ -197,7 +198,14 @@ def test_preset_of_a_pipeline():
     [
         ("wan", 5120, None, 1, {"density": 0.25, "compensate": "mean"}),
         ("wan", 1536, None, 1, {"density": 0.4, "compensate": "mean"}),
-        ("wan", 128, None, 1, {"density": 0.17, "tile": (4, 4, 4), "per_row": True, "compensate": "mean"}),
+        ("wan", 128, "profiled", 1, {"density": 0.17, "compensate": "mean"}),
+        (
+            "wan",
+            128,
+            "draft",
+            1,
+            {"density": 0.17, "tile": (4, 4, 4), "per_row": True, "parts": 8, "compensate": "mean"},
+        ),
         ("hunyuan_video", 3072, None, 1, {"density": 0.1, "compensate": "mean"}),
         ("ltx", 2048, None, 1, {"density": 0.4, "compensate": "mean"}),
         ("hunyuan_video", 3072, "radial", 1, {"decay": 0.95, "sink": False}),
@@ -210,6 +218,11 @@ def test_presets_follow_family_size_and_method(kind, width, method, experts, fie
     config = SimpleNamespace(num_attention_heads=width // 128, attention_head_dim=128)
     found = find_preset(find_family(tiny.transformer(kind)), SimpleNamespace(config=config), method, experts)
     assert found.fields == fields and found.method == (method or "draft") and found.source
+
+
+def test_small_models_are_profiled():
+    config = SimpleNamespace(num_attention_heads=2, attention_head_dim=64)
+    assert find_preset(find_family(tiny.transformer("wan")), SimpleNamespace(config=config)).method == "profiled"
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: f"{preset.family}-{preset.method}-{preset.width}")

@@ -64,7 +64,13 @@ def test_a_video_is_what_the_pipeline_makes(tmp_path, written):
     assert closeness(frames.mean(-1, keepdims=True), written["cat.mp4"].mean(-1, keepdims=True)) > 25
     assert listing(tmp_path) == ["cat.mp4"]
     assert value["method"] == "draft" and value["plan"] is None
-    assert value["method_fields"] == {"density": 0.3, "tile": [1, 2, 2], "per_row": True, "compensate": "mean"}
+    assert value["method_fields"] == {
+        "density": 0.3,
+        "tile": [1, 2, 2],
+        "per_row": True,
+        "parts": 8,
+        "compensate": "mean",
+    }
     assert value["steps"] == 3 and value["sparse_steps"] == [1, 2] and value["seed"] == 7
     assert 0.25 < value["density"] < 0.45
     assert value["sparse_call_density"] == pytest.approx(value["density"])

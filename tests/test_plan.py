@@ -294,8 +294,8 @@ def test_the_demo_comes_with_a_plan_that_fields_replace():
     shipped = find_shipped_plan(config_hash(pipe.transformer.config))
     assert handle.method == shipped.method("transformer") and handle.schedule == shipped.schedule
     assert shipped.density <= 0.2 and shipped.prompts
-    assert pipe.enable_sparse_attention(density=0.3).method.name == "draft"
-    assert fastdit.enable_sparse_attention(pipe.transformer).method.name == "draft"
+    assert pipe.enable_sparse_attention(density=0.3).method.name == "profiled"
+    assert fastdit.enable_sparse_attention(pipe.transformer).method.name == "profiled"
 
 
 def test_no_plan_comes_with_other_models():

@@ -43,7 +43,7 @@ _RADIAL = "Radial Attention, inference scripts"
 # Not in the paper. On the demo stand-ins bring every method nearer to dense (docs/methods.md), and SVG-EAR reports the
 # same for large models; they cost one key per block.
 _MEANS = {"compensate": "mean"}
-_CUBES = {"tile": (4, 4, 4), "per_row": True}
+_CUBES = {"tile": (4, 4, 4), "per_row": True, "parts": 8}
 
 # Draft's code goes by noise level, which for the models it knows is 20 to 30 % of the steps; the paper says 25 %.
 _QUARTER = Schedule(warmup_steps=0.25, dense_layers=(0,))
@@ -55,6 +55,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset("draft", _QUARTER, _DRAFT, {"density": 0.25, **_MEANS}, "wan", 5120),
     Preset("draft", _QUARTER, _OURS, {"density": 0.3, **_MEANS}, "wan", 3072),
     Preset("draft", _QUARTER, _OURS, {"density": 0.4, **_MEANS}, "wan", 1024),
+    Preset("profiled", _DEMO_STEPS, _DEMO, {"density": 0.17, **_MEANS}, "wan"),
     Preset("draft", _DEMO_STEPS, _DEMO, {"density": 0.17, **_CUBES, **_MEANS}, "wan"),
     Preset("draft", _TWO_LAYERS, _DRAFT, {"density": 0.1, **_MEANS}, "hunyuan_video"),
     Preset("draft", _QUARTER, _OURS, {"density": 0.3, **_MEANS}, "cogvideox", 3072),
