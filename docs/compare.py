@@ -30,11 +30,15 @@ def flat(row: dict) -> dict:
     """Say a row of ``fastdit bench quality`` in the earlier form."""
     setting = row["setting"]
     fields, schedule = setting["fields"], setting["schedule"] or {}
-    order = {"plan": "searched", "paro": "axes", "draft": "tile"}.get(setting["method"], fields.get("order", "raster"))
+    order = {"plan": "searched", "paro": "axes", "draft": "tile", "profiled": "per head"}.get(
+        setting["method"], fields.get("order", "raster")
+    )
     return row | {
         "setting": row["part"],
         "method": setting["method"],
-        "order": order + (", per row" if fields.get("per_row") else ""),
+        "order": order
+        + (", per row" if fields.get("per_row") else "")
+        + (f", {fields['parts']} means" if fields.get("per_row") and fields.get("parts", 1) > 1 else ""),
         "compensate": fields.get("compensate"),
         "asked": round(row["density"], 1) if row["asked"] is None else row["asked"],
         "refresh": schedule.get("refresh_steps"),

@@ -31,6 +31,8 @@ def strip(clip: dict) -> np.ndarray:
 def table(report: dict, clip: dict) -> str:
     """Return the Markdown of what was measured."""
     fields = ", ".join(f"`{name}={value}`" for name, value in report["method_fields"].items())
+    if report["method"] == "plan":
+        fields = "a searched plan, which `summary()` describes"
     sparse, steps = len(report["sparse_steps"]), report["steps"]
     grid = f"{report['frames']} frames of {report['width']} x {report['height']}"
     rows = [
