@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastdit.attention import MethodState, get_method
+from fastdit.attention import MethodState, get_method, profiled
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 TILES = ((4, 2, 2), (1, 4, 4), (4, 1, 4), (4, 4, 1))
@@ -33,8 +33,10 @@ def dense(q, k, v, scale, padding=None):
 
 @pytest.mark.parametrize("compensate", [None, "mean"])
 @pytest.mark.parametrize("text", ["none", "first", "last", "padded"])
-def test_heads_take_the_tiles_whose_output_is_nearest(text, compensate):
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+def test_heads_take_the_tiles_whose_output_is_nearest(text, compensate, at_once, monkeypatch):
     """Every shape is run for all heads, as a method with one shape, and compared at the sampled queries."""
+    monkeypatch.setattr(profiled, "SCORES_AT_ONCE", at_once)
     spec = TokenSpec(VideoGrid(5, 8, 12), 0 if text == "none" else 7, text_first=text == "first")
     padding = torch.zeros(2, spec.num_tokens, dtype=torch.bool)
     padding[0, -3:] = True

@@ -13,7 +13,7 @@ from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_block_size, check_density, register
 from .ordered import pattern_of, stack_heads
 from .reorder import part_scores, pool_laid_out
-from .select import by_heads, keep_top_k, top_count
+from .select import SCORES_AT_ONCE, by_heads, keep_top_k, top_count
 from .state import MethodState
 
 Tile = tuple[int, int, int]
@@ -111,33 +111,15 @@ class Profiled(BlockMethod):
         video = call.tokens.video
         count = min(self.samples, call.tokens.grid.num_tokens)
         rows = torch.linspace(video.start, video.stop - 1, count, device=q.device).round().long()
-        logits = q[:, :, rows].float() @ k.float().mT * _scale(q, call)
-        if call.key_padding is not None:
-            logits.masked_fill_(call.key_padding[:, None, None], -torch.inf)
-        exact = logits.softmax(-1) @ v.float()
+        patterns = [self._draft(q, k, layout, call) for layout in self._layouts(call, q.device, state)]
+        step = max(1, SCORES_AT_ONCE // (len(q) * count * k.shape[2]))
         errors = []
-        for layout in self._layouts(call, q.device, state):
-            pattern = self._draft(q, k, layout, call)
-            errors.append((self._outputs(q, k, v, rows, logits, pattern, call) - exact).square().sum((0, 2, 3)))
-        shapes = tuple(torch.stack(errors).argmin(0).tolist())
+        for first in range(0, q.shape[1], step):
+            part = slice(first, first + step)
+            errors.append(_errors(q[:, part, rows], k[:, part], v[:, part], rows, part, self, patterns, call))
+        shapes = tuple(torch.cat(errors, 1).argmin(0).tolist())
         state.memory["profiled"] = (call.tokens, q.shape[:2], shapes)
         return shapes
-
-    def _outputs(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, logits: Tensor, pattern: Pattern, call: AttentionCall
-    ) -> Tensor:
-        """Compute what the sampled queries would get from the blocks of a pattern: ``(B, H, n, D)`` fp32."""
-        layout, blocks = pattern.layout, pattern.mask.to_dense()
-        block_of = layout.inverse[0] // layout.block
-        listed = blocks[:, :, block_of[rows]]
-        logits = logits.masked_fill(~listed[..., block_of], -torch.inf)
-        values = v.float()
-        if self.compensate is not None:
-            means_k, means_v = (pool_laid_out(layout, x) for x in (k, v))
-            more = q[:, :, rows].float() @ means_k.mT * _scale(q, call) + layout.block_lengths.float().log()
-            logits = torch.cat([logits, more.masked_fill(listed, -torch.inf)], -1)
-            values = torch.cat([values, means_v], 2)
-        return logits.softmax(-1) @ values
 
     def _layouts(self, call: AttentionCall, device: torch.device, state: MethodState) -> list[TokenLayout]:
         def build(tile: Tile) -> TokenLayout:
@@ -151,6 +133,49 @@ class Profiled(BlockMethod):
 def _chosen(q: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...] | None:
     tokens, size, shapes = state.memory.get("profiled", (None, None, ()))
     return shapes if (tokens, size) == (call.tokens, q.shape[:2]) else None
+
+
+def _errors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    part: slice,
+    method: Profiled,
+    patterns: list[Pattern],
+    call: AttentionCall,
+) -> Tensor:
+    """Say how far what a few queries get from each pattern is from what they should get: ``(patterns, h)`` fp32.
+
+    Args:
+        q: ``(B, h, n, D)`` the queries, of some heads.
+        k: ``(B, h, S, D)`` keys.
+        v: ``(B, h, S, D)`` values.
+        rows: ``(n,)`` int64, which tokens the queries are.
+        part: Which heads.
+        method: Says whether means stand in.
+        patterns: The blocks of all heads, for each shape.
+        call: The call.
+    """
+    scale, values = _scale(q, call), v.float()
+    logits = q.float() @ k.float().mT * scale
+    if call.key_padding is not None:
+        logits.masked_fill_(call.key_padding[:, None, None], -torch.inf)
+    exact = logits.softmax(-1) @ values
+    errors = []
+    for pattern in patterns:
+        layout = pattern.layout
+        block_of = layout.inverse[0] // layout.block
+        blocks = pattern.mask.to_dense()[:, part]
+        listed = blocks[:, :, block_of[rows]]
+        kept, of_kept = logits.masked_fill(~listed[..., block_of], -torch.inf), values
+        if method.compensate is not None:
+            means_k, means_v = (pool_laid_out(layout, x) for x in (k, v))
+            more = q.float() @ means_k.mT * scale + layout.block_lengths.float().log()
+            kept = torch.cat([kept, more.masked_fill(listed, -torch.inf)], -1)
+            of_kept = torch.cat([values, means_v], 2)
+        errors.append((kept.softmax(-1) @ of_kept - exact).square().sum((0, 2, 3)))
+    return torch.stack(errors)
 
 
 def _scale(q: Tensor, call: AttentionCall) -> float:

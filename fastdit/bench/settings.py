@@ -84,7 +84,7 @@ class Setting:
         """Return it with other fields, of its method or its schedule, and a name that says so.
 
         Args:
-            given: The fields; a plan, which brings all of its own, stays as it is.
+            **given: The fields; a plan, which brings all of its own, stays as it is.
 
         Raises:
             TypeError: There is no such field.

@@ -15,7 +15,7 @@ def assembled(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]], C
     default of one command alone is set by ``partial(read_size, height=64)``.
 
     Args:
-        makers: Functions, by the parameter of the command that they are for. They are called in this order.
+        **makers: Functions, by the parameter of the command that they are for. They are called in this order.
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:

@@ -107,7 +107,7 @@ class Session:
         try:
             for number, job in enumerate(mine, 1):
                 self.screen.clear()
-                what = job.name if len(job.parts) > 1 else f"{job.parts[0]}, {job.name}"
+                what = job.name if len(job.parts) > 1 else ", ".join((*job.parts, job.name))
                 bar = self.screen.start(f"{job.benchmark} {number}/{len(mine)}: {what[:60]}", job.steps)
                 faults |= run_job(job, store, about, bar.advance)
                 bar.finish()

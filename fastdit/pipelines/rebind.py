@@ -71,7 +71,7 @@ def attend_numbered(
         q: ``(B, H, S, D)`` or ``(B, S, H, D)`` queries.
         k: ``(B, H, S, D)`` or ``(B, S, H, D)`` keys.
         v: ``(B, H, S, D)`` or ``(B, S, H, D)`` values.
-        mask: The mask the model passes, of any shape that its attention call takes.
+        mask: The mask the model passes, ``(B, 1 or H, 1 or S, S)`` or another shape that its attention call takes.
         layer: ``()`` int64, number of the layer.
         scale: The softmax scale the model passes.
         backend: The backend of diffusers that the model names.
