@@ -80,8 +80,8 @@ def linear_bwd(
         feature_map: One of ``MAPS``.
 
     Returns:
-        The gradients of q, k and v, ``(B, H, S, E)``, twice, and ``(B, H, S, D)``, in their dtypes, contiguous; those of
-        padded keys are 0.
+        The gradients of q, k and v, ``(B, H, S, E)``, twice, and ``(B, H, S, D)``, in their dtypes, contiguous; 0 for
+        padded keys.
     """
     grad, q, k, v = (_packed(x) for x in (grad, q, k, v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
