@@ -118,10 +118,10 @@ def test_ctrl_c_between_videos(tmp_path, monkeypatch):
     command = ("bench", "quality", "--model", folder(), *SIZE, "--prompts", tmp_path / "prompts.txt", "--resume")
     command += ("--settings", "sla(density=0.5), draft(density=0.5), default(density=0.5)", "--densities", "0.5")
     assert run(*command, "-o", tmp_path / "rows.jsonl").exit_code == 130
-    assert made == ["dense", "sla", "draft", "draft"]  # one dense video serves all of a prompt
+    assert made == ["dense", "sla", "draft", "profiled"]  # one dense video serves all of a prompt
     assert parts(tmp_path / "rows.jsonl") == ["sla(density=0.5)", "draft(density=0.5)"]
     assert run(*command, "-o", tmp_path / "rows.jsonl").exit_code == 0
-    assert made[4:] == ["dense", "draft"] and len(parts(tmp_path / "rows.jsonl")) == 3
+    assert made[4:] == ["dense", "profiled"] and len(parts(tmp_path / "rows.jsonl")) == 3
 
 
 @pytest.mark.parametrize(
