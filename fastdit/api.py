@@ -283,10 +283,13 @@ def _choose(
             what = f"a method object; give the name {method.name!r}, or set them with dataclasses.replace"
         raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with {what}")
     if method is None and not fields and not bare:
-        method = find_shipped_plan(_config_hash(next(iter(transformers.values()))))
+        shipped = find_shipped_plan(_config_hash(next(iter(transformers.values()))))
+        if shipped is not None and _misfit(shipped, transformers, families) is None:
+            method = shipped
     if isinstance(method, Plan):
-        for (title, transformer), family in zip(transformers.items(), families, strict=True):
-            _check_fits(method, title, transformer, len(family.self_attentions(transformer)))
+        reason = _misfit(method, transformers, families)
+        if reason is not None:
+            raise ValueError(f"the plan does not fit: {reason}")
         return {title: method.method(title) for title in transformers}, method.schedule, method.precision
     name = method.name if isinstance(method, AttentionMethod) else method
     preset = find_preset(families[0], next(iter(transformers.values())), name, len(transformers))
@@ -297,12 +300,18 @@ def _choose(
     return dict.fromkeys(transformers, method), Schedule() if bare else preset.schedule, None
 
 
-def _check_fits(plan: Plan, title: str, transformer: Module, layers: int) -> None:
-    heads = getattr(transformer.config, "num_attention_heads", 0)
-    kind, found = type(transformer).__name__, _config_hash(transformer)
-    reason = plan.fits(title, model_class=kind, config_hash=found, layers=layers, heads=heads)
-    if reason is not None:
-        raise ValueError(f"the plan does not fit: {reason}")
+def _misfit(plan: Plan, transformers: Mapping[str, Module], families: Sequence[ModelFamily]) -> str | None:
+    for (title, transformer), family in zip(transformers.items(), families, strict=True):
+        reason = plan.fits(
+            title,
+            model_class=type(transformer).__name__,
+            config_hash=_config_hash(transformer),
+            layers=len(family.self_attentions(transformer)),
+            heads=getattr(transformer.config, "num_attention_heads", 0),
+        )
+        if reason is not None:
+            return reason
+    return None
 
 
 def _config_hash(transformer: Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -169,6 +170,59 @@ class TokenLayout:
         if self.identity:
             return x
         return _take(x, self.inverse)
+
+
+class StackedLayout(TokenLayout):
+    """Give each head a layout of its own.
+
+    Which token is where is put together each time it is asked for, and not kept: the layouts are few, but rows for all
+    heads of all layers of a large model take gigabytes.
+
+    Args:
+        parts: For each head the layout of one order, of the same tokens and blocks.
+    """
+
+    parts: tuple[TokenLayout, ...]
+
+    def __init__(self, parts: Sequence[TokenLayout]) -> None:
+        first = parts[0]
+        known = {"parts": tuple(parts), "block": first.block, "video_blocks": first.video_blocks, "identity": False}
+        vars(self).update(known)
+
+    @property
+    def index(self) -> Tensor:
+        """Return ``(H, S_padded)`` int64: the token at each position, -1 for padding."""
+        return torch.cat([part.index for part in self.parts])
+
+    @property
+    def inverse(self) -> Tensor:
+        """Return ``(H, S)`` int64: the position of each token."""
+        return torch.cat([part.inverse for part in self.parts])
+
+    @property
+    def source(self) -> Tensor:
+        """Return ``(H, S_padded)`` int64: the token copied to each position, any one where there is padding."""
+        return self.index.clamp(min=0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens of the sequence, without padding."""
+        return self.parts[0].num_tokens
+
+    @property
+    def padded_tokens(self) -> int:
+        """Count the positions of the laid out sequence, with padding."""
+        return self.parts[0].padded_tokens
+
+
+def stack_heads(layouts: Sequence[TokenLayout]) -> TokenLayout:
+    """Give each head a layout of its own; where all have the same, that serves them all.
+
+    Args:
+        layouts: For each head the layout of one order, of the same tokens and blocks.
+    """
+    first = layouts[0]
+    return first if all(layout is first for layout in layouts) else StackedLayout(layouts)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

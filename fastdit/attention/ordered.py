@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,16 +84,3 @@ def pattern_of(layout: TokenLayout, video_blocks: Tensor, *, max_count: int | No
         max_count=None if max_count is None else max_count + text_blocks,
     )
     return Pattern(layout, mask)
-
-
-def stack_heads(layouts: Sequence[TokenLayout]) -> TokenLayout:
-    """Give each head a layout of its own.
-
-    Args:
-        layouts: For each head the layout of one order, of the same tokens and blocks.
-    """
-    first = layouts[0]
-    if all(layout is first for layout in layouts):
-        return first
-    index, inverse = (torch.cat([getattr(layout, name) for layout in layouts]) for name in ("index", "inverse"))
-    return TokenLayout(index, inverse, first.block, first.video_blocks, identity=False)

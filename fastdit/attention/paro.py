@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import TokenLayout, axis_order
+from ..layout import TokenLayout, axis_order, stack_heads
 from ..schedule import step_bucket
 from ..tokens import AttentionCall, TokenSpec
 from .base import BlockMethod, Pattern, register
-from .ordered import pattern_of, stack_heads
+from .ordered import pattern_of
 from .paro_calibration import calibrate
 from .paro_plan import ParoPlan
 from .state import MethodState
@@ -96,9 +96,7 @@ class Paro(BlockMethod):
             ``(B, H, S, D)``, in the dtype of ``q``.
         """
         state.pattern = None  # looked up in every call, whether or not others are to be rebuilt
-        out = super().forward(q, k, v, call, state)
-        state.pattern = None  # its orders for each head are quickly made, and those of all layers are large
-        return out
+        return super().forward(q, k, v, call, state)
 
     def _checked_plan(self, call: AttentionCall, heads: Sequence[int]) -> ParoPlan:
         plan = self.loaded

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..layout import TokenLayout, token_order
+from ..layout import TokenLayout, stack_heads, token_order
 from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_block_size, check_density, register
-from .ordered import pattern_of, stack_heads
+from .ordered import pattern_of
 from .reorder import part_scores, pool_laid_out
 from .select import SCORES_AT_ONCE, by_heads, keep_top_k, top_count
 from .state import MethodState
@@ -93,25 +94,25 @@ class Profiled(BlockMethod):
         """
         shapes = _chosen(q, call, state) or self._choose(q, k, k, call, state)
         layouts = self._layouts(call, q.device, state)
-        return self._draft(q, k, stack_heads([layouts[i] for i in shapes]), call)
+        return self._draft(q, k, [layouts[i] for i in shapes], call)
 
-    def _draft(self, q: Tensor, k: Tensor, layout: TokenLayout, call: AttentionCall) -> Pattern:
-        video = layout.video_blocks
+    def _draft(self, q: Tensor, k: Tensor, layouts: Sequence[TokenLayout], call: AttentionCall) -> Pattern:
+        video = layouts[0].video_blocks
         count = top_count(self.density, video)
 
         def choose(part: slice) -> Tensor:
-            own = _of_heads(layout, part)
+            own = stack_heads(layouts[part])
             return keep_top_k(part_scores(q[:, part], k[:, part], own, parts=self.parts, scale=_scale(q, call)), count)
 
         kept = by_heads(choose, q.shape[1], q.shape[0] * (video * self.parts) ** 2)
         # Padding is at the same places for all heads, so one list of lengths serves all.
-        return Pattern(layout, pattern_of(_of_heads(layout, slice(1)), kept, max_count=count).mask)
+        return Pattern(stack_heads(layouts), pattern_of(layouts[0], kept, max_count=count).mask)
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...]:
         video = call.tokens.video
         count = min(self.samples, call.tokens.grid.num_tokens)
         rows = torch.linspace(video.start, video.stop - 1, count, device=q.device).round().long()
-        patterns = [self._draft(q, k, layout, call) for layout in self._layouts(call, q.device, state)]
+        patterns = [self._draft(q, k, [layout] * q.shape[1], call) for layout in self._layouts(call, q.device, state)]
         step = max(1, SCORES_AT_ONCE // (len(q) * count * k.shape[2]))
         errors = []
         for first in range(0, q.shape[1], step):
@@ -180,9 +181,3 @@ def _errors(
 
 def _scale(q: Tensor, call: AttentionCall) -> float:
     return q.shape[-1] ** -0.5 if call.scale is None else call.scale
-
-
-def _of_heads(layout: TokenLayout, heads: slice) -> TokenLayout:
-    if layout.index.shape[0] == 1:
-        return layout
-    return TokenLayout(layout.index[heads], layout.inverse[heads], layout.block, layout.video_blocks, identity=False)
