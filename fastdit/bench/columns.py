@@ -64,6 +64,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("error", "relative L2", "{:.3f}", -1),
         Column("recall", "recall", "{:.3f}", 1),
         Column("choice", "choice / call", "{:.0%}"),
+        Column("first", "first / call", "{:.1f}"),
     ),
     "quality": (
         DENSITY,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import AttentionMethod, BlockMethod, MethodState
+from ..attention import AttentionMethod, MethodState
 from ..metrics import relative_l2
 from ..search.scoring import head_density, known_pattern, sampled_recall
 from .jobs import Job, Outcome
@@ -95,29 +95,35 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
 
     Returns:
         ``density``, ``recall`` (``None`` where the output is not that of a pattern) and ``error``, the relative L2
-        error of the output, all means over heads; ``heads``: the errors of each; seconds of the call, and of them
-        those for the order of tokens; and of one choice of blocks. ``fault`` instead, if an output is no number.
+        error of the output, all means over heads; ``heads``: the errors of each; seconds of the first call of a video,
+        of a later one with the blocks that are there, those of it for the order of tokens, and of choosing blocks anew
+        in between, 0 for a static pattern. ``fault`` instead, if an output is no number.
     """
     q, k, v, call = sample.q, sample.k, sample.v, sample.call
-    spent: dict[str, float] = {"choice": 0.0, "order": 0.0}
-
-    def clocked(part: str, device: torch.device, run: Callable[[], Any]) -> Any:
-        begin = _now(device)
-        out = run()
-        spent[part] = spent.get(part, 0.0) + _now(device) - begin
-        return out
-
-    state = MethodState(measure=clocked)
+    state = MethodState()
     dense = F.scaled_dot_product_attention(q, k, v, scale=call.scale)
-    begin = _now(q.device)
-    out = method.forward(q, k, v, call, state)
-    seconds = _now(q.device) - begin - spent["choice"]
-    if not method.static and type(method).forward is not BlockMethod.forward:
-        # its first call may be a dense one, from which it learns what later ones leave out
-        state.refresh, chosen = False, spent["choice"]
+
+    def run() -> tuple[Tensor, float, dict[str, float]]:
+        spent = {"choice": 0.0, "order": 0.0}
+
+        def clocked(part: str, device: torch.device, run: Callable[[], Any]) -> Any:
+            begin = _now(device)
+            out = run()
+            spent[part] += _now(device) - begin
+            return out
+
+        state.measure = clocked
         begin = _now(q.device)
         out = method.forward(q, k, v, call, state)
-        seconds = _now(q.device) - begin - (spent["choice"] - chosen)
+        return out, _now(q.device) - begin, spent
+
+    _, first, _ = run()
+    choice = 0.0
+    if not method.static:
+        choice = run()[2]["choice"]
+        state.refresh = False
+    # From its first call, which may be a dense one, a method may learn what later ones leave out.
+    out, seconds, spent = run()
     if out.shape != q.shape or not torch.isfinite(out).all():
         return {"fault": f"{sample.name}: the output has values that are no numbers, or the wrong shape"}
     pattern = known_pattern(method, q, k, call, state)
@@ -127,18 +133,19 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
         "recall": None if pattern is None else float(sampled_recall(q, k, pattern, call).mean()),
         "error": sum(heads) / len(heads),
         "heads": heads,
+        "first_seconds": first,
         "call_seconds": seconds,
-        "choice_seconds": spent["choice"],
+        "choice_seconds": choice,
         "order_seconds": spent["order"],
     }
 
 
 def _mean(found: Sequence[Row], samples: Sequence[Sample]) -> Row:
     out: Row = {"calls": len(found)}
-    for name in ("density", "recall", "error", "call_seconds", "choice_seconds", "order_seconds"):
+    for name in ("density", "recall", "error", "first_seconds", "call_seconds", "choice_seconds", "order_seconds"):
         values = [each[name] for each in found]
         out[name] = None if None in values else sum(values) / len(values)
-    out["choice"] = out["choice_seconds"] / out["call_seconds"]
+    out["first"], out["choice"] = (out[name] / out["call_seconds"] for name in ("first_seconds", "choice_seconds"))
     heads = Tensor([each["heads"] for each in found]).mean(0).tolist()
     kinds = samples[0].kinds or tuple(f"head {i}" for i in range(len(heads)))
     out["heads"] = dict(zip(kinds, heads, strict=True))

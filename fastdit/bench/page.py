@@ -25,7 +25,7 @@ NOTES = {
     "methods": (
         "Error of the output against dense attention on the same queries, keys and values, mean over heads. Densities "
         "are those that were computed; a method that cannot come near the one asked for shows at its own. "
-        "choice / call: finding the blocks once, over computing one call."
+        "choice / call: choosing blocks anew, over a call that has them; first / call: the first call of a video."
     ),
     "quality": (
         "Each video beside the dense one of the same prompt and seed. density: of the sparse calls; all steps: with "
