@@ -7,7 +7,8 @@ import tiny
 import torch
 
 import fastdit
-from fastdit.pipelines.padding import PaddingReader
+from fastdit.pipelines import padding
+from fastdit.pipelines.padding import Answer, PaddingReader
 
 SPEC = fastdit.TokenSpec(fastdit.VideoGrid(1, 2, 2), 4)
 
@@ -67,6 +68,40 @@ def test_masks_are_read_once_per_forward_and_source():
     source.add_(1)
     reader.end_forward()
     assert reader.read(keep.clone(), SPEC, 1, "cond", source)[0] is not third
+
+
+def test_a_source_of_inference_mode_is_read_at_every_forward():
+    """Its changes are not counted, so that nothing tells whether an earlier answer still holds."""
+    reader = PaddingReader()
+    with torch.inference_mode():
+        source, keep = torch.ones(3), torch.ones(1, 8, dtype=torch.bool)
+        for place in (7, 6):
+            keep[0, place] = False
+            found, _ = reader.read(keep, SPEC, 1, "cond", source)
+            assert torch.equal(found, ~keep) and reader.read(keep.view(1, 8), SPEC, 1, "cond", source)[0] is found
+            reader.end_forward()
+
+
+def test_each_device_has_a_padding_of_its_own(monkeypatch):
+    """Of layers spread over devices each gets a copy of the mask; one made before is found again at the next step."""
+    monkeypatch.setattr(padding, "_convert", lambda mask, tokens, batch: Answer(mask.clone()))
+    reader, source = PaddingReader(), torch.ones(3)
+    masks = {device: torch.ones(1, 8, dtype=torch.bool, device=device) for device in ("cpu", "meta")}
+    first = {}
+    for step in range(2):
+        for device, mask in masks.items():
+            found, _ = reader.read(mask.clone(), SPEC, 1, "cond", source)
+            assert found.device.type == device and found is first.setdefault(device, found), step
+        reader.end_forward()
+
+
+def test_padded_text_in_inference_mode():
+    pipe = tiny.pipeline("hunyuan_video")
+    pipe.enable_sparse_attention(**tiny.DRAFT, schedule=tiny.EVERY_STEP)
+    expected = tiny.run(pipe)
+    with torch.inference_mode():
+        assert torch.equal(tiny.run(pipe), expected)
+    assert pipe.sparse_attention.report()["totals"]["fallbacks"] == {}
 
 
 def test_padding_is_the_same_tensor_at_every_step():

@@ -31,10 +31,12 @@ class PaddingReader:
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._answer = Answer()
-        self._known: dict[str, tuple[Tensor, Any, Answer]] = {}
+        self._known: dict[tuple[str, torch.device], tuple[Tensor, Any, Answer]] = {}
 
     def read(self, mask: Any, tokens: TokenSpec, batch: int, branch: str, source: Any = None) -> Answer:
-        """Say what a mask means. For an unchanged source the very same tensor is returned.
+        """Say what a mask means. For an unchanged source the very same tensor is returned, on each device one.
+
+        In inference mode tensors do not count their changes, so there a mask is read once per forward pass.
 
         Args:
             mask: What the model passes to its attention call: ``None``, a tensor, or anything else.
@@ -49,16 +51,19 @@ class PaddingReader:
             return Answer(objection=f"the model passes a {type(mask).__name__} of its own")
         if self._mask is not None and _same(mask, self._mask):
             return self._answer
-        version = (None if source is None else source._version, tokens, tuple(mask.shape), batch)
-        known = self._known.get(branch)
-        if known is not None and source is not None and known[0] is source and known[1] == version:
-            answer = known[2]
-        else:
+        if source is None or source.is_inference():
             answer = _convert(mask, tokens, batch)
-            if source is not None:
-                self._known[branch] = (source, version, answer)
+        else:
+            answer = self._of_source(mask, tokens, batch, branch, source)
         self._mask, self._answer = mask, answer
         return answer
+
+    def _of_source(self, mask: Tensor, tokens: TokenSpec, batch: int, branch: str, source: Tensor) -> Answer:
+        place, version = (branch, mask.device), (source._version, tokens, tuple(mask.shape), batch)
+        known = self._known.get(place)
+        if known is None or known[0] is not source or known[1] != version:
+            known = self._known[place] = (source, version, _convert(mask, tokens, batch))
+        return known[2]
 
     def end_forward(self) -> None:
         """Drop the mask of the forward pass that has ended."""
@@ -72,7 +77,9 @@ class PaddingReader:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype)
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.device == b.device and a.shape == b.shape and a.dtype == b.dtype
+    )
 
 
 def _convert(mask: Tensor, tokens: TokenSpec, batch: int) -> Answer:
