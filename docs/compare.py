@@ -11,44 +11,62 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from fastdit.attention import get_method
+from fastdit.cli.results import mean_decibels
+from fastdit.search.candidates import read_call
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benches" / "results"
+SAME = 0.01
+"""Densities that differ by no more are called equal."""
 
 
 def read(name: str) -> list[dict]:
-    """Return the rows of a results file, all in the earlier, flat form."""
+    """Return the rows of a results file, all in one flat form."""
     rows = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
     return [flat(row) if "benchmark" in row else earlier(row) for row in rows if "absent" not in row]
 
 
 def earlier(row: dict) -> dict:
-    """Say the accuracy of a row of the earlier form as one number."""
-    return row | {"accuracy": mean(row["right"][part] for part in ("color", "motion", "background"))}
+    """Say a row of the earlier form in the flat one."""
+    method, fields = read_call(row["setting"].partition("@")[0])
+    return row | {
+        "order": order_of(method, get_method(method, **fields).describe()),
+        "accuracy": mean(row["right"][part] for part in ("color", "motion", "background")),
+    }
 
 
 def flat(row: dict) -> dict:
-    """Say a row of ``fastdit bench quality`` in the earlier form."""
+    """Say a row of ``fastdit bench quality`` in the flat form."""
     setting = row["setting"]
     fields, schedule = setting["fields"], setting["schedule"] or {}
-    order = {"plan": "searched", "paro": "axes", "draft": "tile", "profiled": "per head"}.get(
-        setting["method"], fields.get("order", "raster")
-    )
     return row | {
         "setting": row["part"],
         "method": setting["method"],
-        "order": order
-        + (", per row" if fields.get("per_row") else "")
-        + (f", {fields['parts']} means" if fields.get("per_row") and fields.get("parts", 1) > 1 else ""),
+        "order": order_of(setting["method"], fields),
         "compensate": fields.get("compensate"),
         "asked": round(row["density"], 1) if row["asked"] is None else row["asked"],
         "refresh": schedule.get("refresh_steps"),
     }
 
 
+def order_of(method: str, fields: dict) -> str:
+    """Say in a few words which tokens a block holds, and how blocks are chosen where a method knows several ways."""
+    fixed = {"plan": "searched", "paro": "axes", "profiled": "per head"}
+    order = fixed.get(method) or ("tile" if method == "draft" else fields.get("order", "raster"))
+    words = [f"tile {'x'.join(map(str, fields['tile']))}" if order == "tile" else order]
+    if fields.get("per_row"):
+        words.append("per row")
+        words += [f"{fields['parts']} means"] if fields["parts"] > 1 else []
+    return ", ".join(words)
+
+
 def average(rows: list[dict]) -> dict:
-    """Average rows of one setting over clips."""
-    numbers = ("density", "overall_density", "psnr", "ssim", "accuracy")
-    return rows[0] | {name: mean(row[name] for row in rows) for name in numbers} | {"clips": len(rows)}
+    """Average rows of one setting over clips; PSNR is that of the mean squared error, as everywhere in fastdit."""
+    numbers = ("density", "overall_density", "ssim", "accuracy")
+    found = {name: mean(row[name] for row in rows) for name in numbers}
+    psnr = float(mean_decibels(row["psnr"] for row in rows))
+    return rows[0] | found | {"psnr": psnr, "clips": len(rows), "each": {row["prompt"]: row["psnr"] for row in rows}}
 
 
 def settings(rows: list[dict]) -> list[dict]:
@@ -72,17 +90,29 @@ def methods_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def margins_table(name: str) -> str:
+    """Return how much nearer to dense each plan is than the best setting for all heads that computes no more."""
+    rows = settings(read(name))
+    lines = ["| density | plan | best single setting | plan nearer by | on each clip |", "|" + "---|" * 5]
+    for plan in sorted((row for row in rows if row["method"] == "plan"), key=lambda row: row["asked"]):
+        others = [row for row in rows if row["method"] != "plan" and row["density"] <= plan["density"] + SAME]
+        best = max(others, key=lambda row: row["psnr"])
+        each = ", ".join(f"{value - best['each'][prompt]:+.1f}" for prompt, value in plan["each"].items())
+        how = f"{best['psnr']:.1f} dB, `{best['method']}`, {best['order']} (density {best['density']:.3f})"
+        gain = f"{plan['psnr'] - best['psnr']:.1f} dB | {each} dB"
+        lines.append(f"| {plan['density']:.3f} | {plan['psnr']:.1f} dB | {how} | {gain} |")
+    return "\n".join(lines)
+
+
 def reuse_table(name: str) -> str:
     """Return what reusing masks costs."""
     rows = sorted(settings(read(name)), key=lambda row: (row["method"], row["refresh"]))
     names = {1: "every step", 30: "never"}  # of 30 steps
-    lines = ["| method | masks rebuilt | density | PSNR | SSIM | clips |", "|" + "---|" * 6]
+    lines = ["| method | order | masks rebuilt | density | PSNR | SSIM | clips |", "|" + "---|" * 7]
     for row in rows:
         when = names.get(row["refresh"], f"every {row['refresh']} steps")
-        lines.append(
-            f"| `{row['method']}` | {when} | {row['density']:.3f} | {row['psnr']:.1f} | {row['ssim']:.3f} "
-            f"| {row['clips']} |"
-        )
+        quality = f"{row['density']:.3f} | {row['psnr']:.1f} | {row['ssim']:.3f}"
+        lines.append(f"| `{row['method']}` | {row['order']} | {when} | {quality} | {row['clips']} |")
     return "\n".join(lines)
 
 
@@ -93,17 +123,21 @@ def fill(text: str, name: str, table: str) -> str:
     return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
 
 
+TABLES = (
+    ("methods.md", "methods", "demo-methods.jsonl", methods_table),
+    ("methods.md", "reuse", "demo-reuse.jsonl", reuse_table),
+    ("search.md", "search", "demo-search.jsonl", methods_table),
+    ("search.md", "margins", "demo-search.jsonl", margins_table),
+)
+"""Page, mark, file of results, and what makes the table."""
+
+
 def main() -> None:
     """Fill the tables of which there are results."""
-    for page, name, table in (
-        ("methods.md", "methods", methods_table),
-        ("methods.md", "reuse", reuse_table),
-        ("search.md", "search", methods_table),
-    ):
-        if (RESULTS / f"demo-{name}.jsonl").exists():
+    for page, mark, name, table in TABLES:
+        if (RESULTS / name).exists():
             path = ROOT / "docs" / page
-            text = fill(path.read_text(encoding="utf-8"), name, table(f"demo-{name}.jsonl"))
-            path.write_text(text, encoding="utf-8")
+            path.write_text(fill(path.read_text(encoding="utf-8"), mark, table(name)), encoding="utf-8")
 
 
 if __name__ == "__main__":
