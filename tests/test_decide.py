@@ -1,5 +1,6 @@
 """From scores to cells, and from cells to choices, on numbers that can be checked by hand."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -125,6 +126,44 @@ def test_calls_count_where_the_schedule_lets_them():
     schedule = Schedule(warmup_steps=1, dense_layers=(1,), refresh_steps=2)
     (cells,) = collect([scores(random_error(), steps=(0, 1, 2))], Sampling(schedule, buckets=1, steps=(1, 3)))
     assert cells.calls.tolist() == [[2, 0]] and cells.refreshes.tolist() == [1] and cells.dense_calls == 4
+
+
+def dense_layer(error):
+    """Cells of which the second layer was never scored, because the schedule keeps it dense."""
+    run = scores(error)
+    run.calls = [call for call in run.calls if call.layer == 0]
+    return collect([run], Sampling(Schedule(dense_layers=(1,)), buckets=1, steps=(1, 3)))
+
+
+def test_what_was_not_scored_can_only_be_dense_and_is_said_to_be():
+    (cells,) = dense_layer(random_error())
+    model = cost_of(METHODS)
+    for values, dense in ((cells.error, 0), (cells.recall, 1), (cells.density, 1), (cells.seconds(model), 0.01)):
+        assert values[0, 1, :, 0].tolist() == [dense] * 2 and np.isnan(values[0, 1, :, 1:]).all()
+    assert not np.isnan(cells.error[0, 0]).any() and not cells.mass[1].any()
+    assert choose_modes(cells.head_mse, cells.density, threshold=1)[0, 1].tolist() == [0, 0]
+
+
+def test_what_is_slow_is_named_though_nothing_is_known_of_dense_layers():
+    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, 0.03, 0.03, 0.03, 0.0, 0.0)
+    model = cost_of(METHODS)
+    model = CostModel(**{**vars(model), "timings": (model.timings[0], slow, model.timings[2])})
+    assert Problem(dense_layer(random_error()), {"transformer": model}).slow == ["draft"]
+
+
+def test_a_transformer_of_dense_steps_only_stays_dense_and_takes_its_time():
+    run = scores(random_error(), steps=(1, 2, 3))
+    run.steps["transformer_2"] = [0]
+    shape = dataclasses.replace(SHAPE, layers=3)
+    cells = collect([run], Sampling(Schedule(warmup_steps=1), buckets=2), {"transformer_2": shape})
+    assert [each.title for each in cells] == ["transformer", "transformer_2"]
+    assert cells[1].dense_calls == 3 and not cells[1].calls.any()
+    problem = Problem(cells, dict.fromkeys(("transformer", "transformer_2"), cost_of(METHODS)))
+    choices = problem.solve(Target(budget=0.3))
+    assert choices["transformer_2"].shape == (2, 3, 2) and not choices["transformer_2"].any()
+    expected = problem.expected(choices)
+    # three calls that are dense anyhow, and three steps of two layers
+    assert expected.speedup == pytest.approx(9 / (3 + 6 * expected.density)) and expected.density <= 0.3
 
 
 def test_videos_of_different_sizes_cannot_be_averaged():

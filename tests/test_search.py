@@ -106,12 +106,33 @@ def test_two_transformers_are_searched_apart():
         quick_search(pipe, sampling=Sampling(Schedule(), steps=(1, 2)))
 
 
+@pytest.mark.parametrize("preset", [None, "paro"])
+def test_a_transformer_that_only_runs_in_dense_steps_is_in_the_plan(preset):
+    pipe = pipeline("wan22")
+    made = []
+    options = {"preset": preset, "candidates": None, "cost": None} if preset else {}
+    plan = quick_search(pipe, ("a",), **options, budget=0.4, progress=lambda *about: made.append(about))
+    first, second = (plan.transformers[title] for title in ("transformer", "transformer_2"))
+    assert not np.any(first.choices) and np.all(np.array(first.densities) == 1) and first.frame_mass == ()
+    assert np.any(second.choices) and (first.layers, first.heads) == (second.layers, second.heads)
+    last = {stage: (done, total) for stage, done, total in made}
+    assert all(done == total for done, total in last.values()) and ("calibrate" in last) == (preset is not None)
+    with fastdit.sparse_attention(pipe, plan) as handle:
+        pipe("a", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZES)
+    assert handle.density == pytest.approx(plan.density, abs=0.05)
+    if not preset:
+        np.testing.assert_allclose(first.seconds, 0.01)  # that of a dense head
+        assert plan.speedup == pytest.approx(4 / (1 + 3 * plan.density), rel=0.05)
+
+
 def test_layers_that_the_schedule_keeps_dense_are_not_decided_about():
     sampling = Sampling(Schedule(dense_layers=(0,)), buckets=1)
     plan = quick_search(pipeline(), sampling=sampling, budget=0.4)
     choices = np.array(plan.transformers["transformer"].choices)
     assert (choices[:, 0] == 0).all() and (choices[:, 1] > 0).any()
     assert plan.density <= 0.4
+    found = plan.transformers["transformer"]
+    assert np.all(np.array(found.densities)[:, 0] == 1) and np.allclose(np.array(found.seconds)[:, 0], 0.01)
 
 
 def captures(monkeypatch):

@@ -34,7 +34,8 @@ class Cells:
         head_mse: Mean over samples of the squared error of a head's output, relative to its own square, likewise.
         recall: Mean attention mass covered, likewise; NaN where unknown.
         density: Mean fraction of pairs computed, likewise, in [0, 1].
-        mass: ``(layers, heads, frames)`` mean attention on the same frame, one frame apart, and so on; in [0, 1].
+        mass: ``(layers, heads, frames)`` mean attention on the same frame, one frame apart, and so on; in [0, 1], all
+            0 for layers that were not scored.
         weights: ``(layers,)`` how much a layer's error counts, about 1.
         calls: ``(buckets, layers)`` steps of a bucket at which the layer's choice counts; 0 where it is dense anyhow.
         refreshes: ``(buckets,)`` how many of them choose blocks anew.
@@ -86,7 +87,13 @@ class Cells:
         return out
 
 
-def collect(runs: Sequence[Scores], sampling: Sampling, *, quantile: float = QUANTILE) -> list[Cells]:
+def collect(
+    runs: Sequence[Scores],
+    sampling: Sampling,
+    unscored: Mapping[str, Shape] | None = None,
+    *,
+    quantile: float = QUANTILE,
+) -> list[Cells]:
     """Average the scores of several videos over prompts, steps and guidance passes.
 
     A bucket in which a transformer ran and was not sampled takes the scores of the nearest one.
@@ -94,10 +101,11 @@ def collect(runs: Sequence[Scores], sampling: Sampling, *, quantile: float = QUA
     Args:
         runs: The scores of each video, at least one.
         sampling: Which steps were sampled.
+        unscored: The sizes of transformers that run in dense steps only, by name; they can only stay dense.
         quantile: Of the errors over samples, in [0, 1].
 
     Returns:
-        The cells of each transformer that ran.
+        The cells of each transformer that was scored, then those of the others.
 
     Raises:
         ValueError: The videos differ in sizes, or a transformer was never sampled.
@@ -110,7 +118,8 @@ def collect(runs: Sequence[Scores], sampling: Sampling, *, quantile: float = QUA
             "the prompts gave videos of different sizes; a plan is searched for one size and number of steps"
         )
     check_covered(runs[0], sampling)
-    return [_cells(title, runs, sampling, quantile) for title in runs[0].shapes]
+    shapes = {**runs[0].shapes, **(unscored or {})}
+    return [_cells(title, shape, runs, sampling, quantile) for title, shape in shapes.items()]
 
 
 def check_covered(run: Scores, sampling: Sampling) -> None:
@@ -153,8 +162,8 @@ def layer_weights(runs: Sequence[Scores]) -> dict[tuple[str, int], float]:
     return {place: weight / scale for place, weight in weights.items()} if scale > 0 else {}
 
 
-def _cells(title: str, runs: Sequence[Scores], sampling: Sampling, quantile: float) -> Cells:
-    shape, num_steps = runs[0].shapes[title], runs[0].num_steps or 0
+def _cells(title: str, shape: Shape, runs: Sequence[Scores], sampling: Sampling, quantile: float) -> Cells:
+    num_steps = runs[0].num_steps or 0
     edges, sparse = sampling.edges(num_steps), set(sampling.sparse_steps(num_steps))
     samples: defaultdict[tuple[int, int], list[CallScores]] = defaultdict(list)
     for run in runs:
@@ -164,13 +173,14 @@ def _cells(title: str, runs: Sequence[Scores], sampling: Sampling, quantile: flo
     found = {place: _statistics(calls, quantile) for place, calls in samples.items()}
     places = [(bucket, layer) for bucket in range(len(edges)) for layer in range(shape.layers)]
     candidates = runs[0].calls[0].error.shape[0]
-    arrays = np.zeros((len(_NAMES), len(edges), shape.layers, shape.heads, candidates))
+    arrays = np.full((len(_NAMES), len(edges), shape.layers, shape.heads, candidates), np.nan)
+    arrays[..., 0] = np.array([_DENSE[name] for name in _NAMES])[:, None, None, None]
     for bucket, layer in places:
         known = [b for b, where in found if where == layer]
-        if known:  # else the schedule keeps the layer dense
+        if known:  # else the schedule keeps the layer dense, and nothing but dense can be said anything about
             nearest = min(known, key=lambda b: (abs(b - bucket), b))
             arrays[:, bucket, layer] = found[nearest, layer].transpose(0, 2, 1)
-    ran = runs[0].steps[title]
+    ran = runs[0].steps.get(title, [])
     calls = np.zeros((len(edges), shape.layers), np.int64)
     refreshes = np.zeros(len(edges), np.int64)
     schedule = sampling.schedule
@@ -195,7 +205,8 @@ def _cells(title: str, runs: Sequence[Scores], sampling: Sampling, quantile: flo
     )
 
 
-_NAMES = ("error", "error_mean", "error_std", "head_mse", "recall", "density")
+_DENSE = {"error": 0.0, "error_mean": 0.0, "error_std": 0.0, "head_mse": 0.0, "recall": 1.0, "density": 1.0}
+_NAMES = tuple(_DENSE)
 
 
 def _statistics(calls: Sequence[CallScores], quantile: float) -> Floats:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from queue import Queue
 from threading import Thread
@@ -42,7 +43,12 @@ class LiveSamples:
         self.schedule = schedule
         self.generate = generate
 
-    def __iter__(self) -> Iterator[Sample]:
+    def any(self) -> bool:
+        """Say whether there are samples; where there are, the pipeline runs no further than to the first."""
+        with closing(iter(self)) as samples:
+            return next(samples, None) is not None
+
+    def __iter__(self) -> Generator[Sample, None, None]:
         """Run the pipeline and yield ``(q, k, call)``, with ``(B, H, S, D)`` queries and keys."""
         window = _Window()
         thread = Thread(target=self._run, args=(window,), daemon=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.nn import Module
 
 from ..attention import AttentionMethod
@@ -21,7 +22,7 @@ from .decide import Choices, Problem, Target
 from .plan import Plan, TransformerPlan, config_hash
 from .prompts import calibration_prompts
 from .sampling import Sampling
-from .scores import Scores
+from .scores import Scores, Shape
 from .sparse_vdit import choose_modes
 from .task import Progress, Task
 
@@ -119,16 +120,20 @@ def search(
         only = dict(task.calibrate_paro(texts[0], seed, PARO_DENSITY if unlimited else budget or PARO_DENSITY))
         methods, folder = [methods[0], *dict.fromkeys(only.values())], None
     own_rule = bool(only) or (preset is not None and unlimited)
-    model = task.cost(methods, task.survey(texts[0], seed), cost, folder)
+    shape = task.survey(texts[0], seed)
+    model = task.cost(methods, shape, cost, folder)
     left_out = frozenset() if own_rule else task.slower_than_dense(model)
     changes = sensitivity and not own_rule
     runs = task.capture(methods, texts, seed=seed, left_out=left_out, changes=changes, folder=folder)
     progress("solve", 0, 1)
-    cells = collect(runs, sampling, quantile=quantile)
+    others = {title: each for title, each in transformers.items() if title not in runs[0].shapes}
+    unscored = {title: _shape_of(each, shape) for title, each in others.items()}
+    cells = collect(runs, sampling, unscored, quantile=quantile)
     models = {each.title: model.scaled_to(each.shape) for each in cells}
     problem = Problem(cells, models)
     if only:
-        choices = {each.title: np.full(each.error.shape[:3], methods.index(only[each.title])) for each in cells}
+        chosen = {title: methods.index(method) for title, method in only.items()}
+        choices = {each.title: _wherever_scored(each, chosen.get(each.title, 0)) for each in cells}
     elif own_rule:
         choices = {each.title: choose_modes(each.head_mse, each.density) for each in cells}
     else:
@@ -198,6 +203,17 @@ def _attention_share(runs: Sequence[Scores]) -> float | None:
     return share if 0 < share <= 1 else None
 
 
+def _shape_of(transformer: Module, other: Shape) -> Shape:
+    """Return the sizes of a transformer's calls from those of the pipeline's other one, which sees the same tokens."""
+    config: Any = transformer.config
+    layers = len(find_family(transformer).self_attentions(transformer))
+    return replace(other, layers=layers, heads=config.num_attention_heads, head_dim=config.attention_head_dim)
+
+
+def _wherever_scored(cells: Cells, candidate: int) -> NDArray[np.int64]:
+    return np.where(np.isnan(cells.density[..., candidate]), 0, candidate)
+
+
 def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model: CostModel) -> TransformerPlan:
     chosen = choices[cells.title]
     config: Any = transformer.config
@@ -213,5 +229,5 @@ def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model
         errors=pick(cells.error).tolist(),
         densities=pick(cells.density).tolist(),
         seconds=pick(cells.seconds(model)).tolist(),
-        frame_mass=cells.mass.clip(0, 1).tolist(),
+        frame_mass=cells.mass.clip(0, 1).tolist() if cells.mass.any() else (),
     )

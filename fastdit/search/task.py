@@ -202,7 +202,7 @@ class Task:
         return found
 
     def calibrate_paro(self, prompt: str, seed: int, density: float) -> dict[str, Paro]:
-        """Calibrate PARO's orders and masks for each transformer, on one video that is made three times.
+        """Calibrate PARO's orders and masks for each transformer that is sampled, on one video made three times.
 
         Args:
             prompt: What it shows.
@@ -210,7 +210,7 @@ class Task:
             density: Fraction of pairs to keep, in (0, 1].
 
         Raises:
-            ValueError: A transformer was not sampled, or the only one not in each bucket.
+            ValueError: The only transformer was not sampled in each bucket.
         """
         titles = list(require_transformers(self.pipeline))
         meter = Meter(self.progress, "calibrate", _PASSES * len(titles), 1)
@@ -223,12 +223,14 @@ class Task:
         schedule = SampledSteps(sampling=self.sampling)
         # of two transformers each runs in a part of the steps only
         edges = self.sampling.edges(self.num_steps) if len(titles) == 1 else (1.0,)
-        return {
-            title: Paro(
-                plan=calibrate(LiveSamples(self.pipeline, title, schedule, generate), density=density, edges=edges)
-            )
-            for title in titles
-        }
+        found = {}
+        for title in titles:
+            samples = LiveSamples(self.pipeline, title, schedule, generate)
+            if len(titles) == 1 or samples.any():
+                found[title] = Paro(plan=calibrate(samples, density=density, edges=edges))
+            else:  # it runs in dense steps only
+                meter.skip_parts(_PASSES - 1)
+        return found
 
     def _settings(self) -> dict[str, Any]:
         scheduler = self.pipeline.scheduler
@@ -275,6 +277,15 @@ class Meter:
         self.done += count
         current = max(self.estimate, self.done - self.before)
         self.progress(self.stage, self.done, self.before + current + (self.left - 1) * self.estimate)
+
+    def skip_parts(self, count: int) -> None:
+        """Take note that parts need no work.
+
+        Args:
+            count: How many, at least 0.
+        """
+        self.left -= count
+        self.progress(self.stage, self.done, self.done + self.left * self.estimate)
 
     def finish_part(self) -> None:
         """Take note that a part is done; one without work was known already, and says nothing about the others."""
