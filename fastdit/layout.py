@@ -107,17 +107,20 @@ class TokenLayout:
     @cached_property
     def source(self) -> Tensor:
         """Return ``(1 or H, S_padded)`` int64: the token copied to each position, any one where there is padding."""
-        return self.index.clamp(min=0)
+        with torch.inference_mode(False):  # kept for later calls, which may want gradients
+            return self.index.clamp(min=0)
 
     @cached_property
     def padding(self) -> Tensor:
         """Return ``(P,)`` int64: the positions that hold padding."""
-        return (self.index[0] < 0).nonzero().flatten()
+        with torch.inference_mode(False):
+            return (self.index[0] < 0).nonzero().flatten()
 
     @cached_property
     def block_lengths(self) -> Tensor:
         """Return ``(1 or H, N)`` int32: the real tokens of each block."""
-        return self.lengths()
+        with torch.inference_mode(False):
+            return self.lengths()
 
     def lengths(self, block: int | None = None) -> Tensor:
         """Count the real tokens of each block: ``(1 or H, N)`` int32.

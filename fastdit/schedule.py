@@ -128,7 +128,8 @@ def step_bucket(edges: Sequence[float], step: int, num_steps: int | None) -> int
     if num_steps is None:
         raise ValueError(
             f"which of {len(edges)} step buckets a call is in depends on the number of denoising steps, and nobody "
-            "said how many there are: call the pipeline rather than the bare transformer, or use a plan with one bucket"
+            "said how many there are: enable sparse attention on the pipeline that you call, or use a plan with one "
+            "bucket"
         )
     return min(bisect_right(edges, (step + 0.5) / num_steps), len(edges) - 1)
 
@@ -151,8 +152,8 @@ def _known(num_steps: int | None, name: str) -> int:
     if num_steps is None:
         raise ValueError(
             f"{name} depends on the number of denoising steps, and nobody said how many there are: "
-            "call the pipeline rather than the bare transformer, or give warmup_steps as a count, refresh_steps as "
-            "counts and no tail_steps"
+            "enable sparse attention on the pipeline that you call; for a bare transformer, as in training, give a "
+            "schedule with warmup_steps as a count, such as Schedule(), refresh_steps as counts and no tail_steps"
         )
     return num_steps
 

@@ -202,7 +202,7 @@ def test_what_runs_is_the_plan(text, poisoned_empty):
         q, k, v = test_methods.qkv(spec, batch=2)
         state = states[layer]
         state.refresh = step % 3 == 0
-        before = state.memory.get("paro", (None, None))[1]
+        before = state.pattern
         out = method.forward(q, k, v, call, state)
         pattern = method.pattern(q, k, call, MethodState())
         video = pattern.layout.video_blocks
@@ -211,7 +211,10 @@ def test_what_runs_is_the_plan(text, poisoned_empty):
         assert torch.equal(pattern.layout.index[:, : spec.grid.num_tokens] - spec.video.start, orders)
         torch.testing.assert_close(out, test_methods.reference(q, k, v, pattern), rtol=1e-4, atol=1e-5)
         assert float(state.kept) == pytest.approx(pattern.density)
-        assert (state.memory["paro"][1] is before) == (step not in (0, 2, 4))
+        kept = before is not None and state.pattern.mask is before.mask
+        assert kept == (step not in (0, 2, 4))
+        other = MethodState(cache=state.cache)
+        assert method.pattern(q, k, call, other).mask is state.pattern.mask, "guidance passes share blocks"
 
 
 def test_a_pattern_of_another_bucket_is_not_reused():

@@ -111,7 +111,8 @@ class SharedPatterns(PatternCache):
             build: Makes the entry.
         """
         if key not in self.entries:
-            self.entries[key] = build()
+            with torch.inference_mode(False):
+                self.entries[key] = build()
         return self.entries[key]
 
     def kind(self, pattern: Pattern) -> Hashable:
@@ -148,6 +149,12 @@ class Memory:
     states: dict[Group, MethodState] = field(default_factory=dict)
     merged: dict[tuple[Group, ...], Merged] = field(default_factory=dict)
 
+    def forget_pattern(self) -> None:
+        """Forget the patterns of all groups."""
+        self.merged.clear()
+        for state in self.states.values():
+            state.forget_pattern()
+
 
 class HeadGroups:
     """Plan the launches of one call.
@@ -176,6 +183,8 @@ class HeadGroups:
         if memory is None or memory.shape != shape:
             memory = state.memory["groups"] = Memory(shape)
         self.memory: Memory = memory
+        if state.refresh:
+            memory.forget_pattern()  # also those of groups that other step buckets run
         for known in memory.states.values():
             known.refresh = state.refresh
 

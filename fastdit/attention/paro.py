@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import TokenLayout, axis_order, stack_heads
+from ..mask import BlockMask
 from ..schedule import step_bucket
 from ..tokens import AttentionCall, TokenSpec
 from .base import BlockMethod, Pattern, register
@@ -66,7 +67,7 @@ class Paro(BlockMethod):
             q: ``(B, H, S, D)`` queries; only their heads and device matter.
             k: ``(B, H, S, D)`` keys; not used.
             call: The call.
-            state: Keeps the blocks until the next bucket of steps.
+            state: Keeps the blocks until the next bucket of steps, for all guidance passes.
 
         Raises:
             ValueError: There is no plan, or it is for something else, or the step bucket cannot be known.
@@ -75,11 +76,11 @@ class Paro(BlockMethod):
         plan = self._checked_plan(call, heads)
         layouts = _layouts(plan, heads, call, q.device, state)
         bucket = step_bucket(plan.edges, call.step, call.num_steps)
-        key = (plan, bucket, call.layer, heads, q.device)
-        known, mask = state.memory.get("paro", (None, None))
-        if mask is None or known != key:
+        masks: dict[Any, tuple[int, BlockMask]] = state.cache.static(("masks", plan, q.device), dict)
+        known, mask = masks.get((call.layer, heads), (None, None))
+        if mask is None or known != bucket:
             mask = pattern_of(layouts[0], plan.blocks(bucket, call.layer, heads, q.device)[None]).mask
-            state.memory["paro"] = (key, mask)
+            masks[call.layer, heads] = (bucket, mask)
         return Pattern(stack_heads(layouts), mask)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:

@@ -112,12 +112,14 @@ class Profiled(BlockMethod):
         video = call.tokens.video
         count = min(self.samples, call.tokens.grid.num_tokens)
         rows = torch.linspace(video.start, video.stop - 1, count, device=q.device).round().long()
-        patterns = [self._draft(q, k, [layout] * q.shape[1], call) for layout in self._layouts(call, q.device, state)]
+        layouts = self._layouts(call, q.device, state)
+        blocks = [self._draft(q, k, [layout] * q.shape[1], call).mask.to_dense() for layout in layouts]
         step = max(1, SCORES_AT_ONCE // (len(q) * count * k.shape[2]))
         errors = []
         for first in range(0, q.shape[1], step):
             part = slice(first, first + step)
-            errors.append(_errors(q[:, part, rows], k[:, part], v[:, part], rows, part, self, patterns, call))
+            own = [(layout, of_all[:, part]) for layout, of_all in zip(layouts, blocks, strict=True)]
+            errors.append(_errors(q[:, part, rows], k[:, part], v[:, part], rows, self, own, call))
         shapes = tuple(torch.cat(errors, 1).argmin(0).tolist())
         state.memory["profiled"] = (call.tokens, q.shape[:2], shapes)
         return shapes
@@ -141,21 +143,19 @@ def _errors(
     k: Tensor,
     v: Tensor,
     rows: Tensor,
-    part: slice,
     method: Profiled,
-    patterns: list[Pattern],
+    choices: list[tuple[TokenLayout, Tensor]],
     call: AttentionCall,
 ) -> Tensor:
-    """Say how far what a few queries get from each pattern is from what they should get: ``(patterns, h)`` fp32.
+    """Say how far what a few queries get from each choice is from what they should get: ``(choices, h)`` fp32.
 
     Args:
         q: ``(B, h, n, D)`` the queries, of some heads.
         k: ``(B, h, S, D)`` keys.
         v: ``(B, h, S, D)`` values.
         rows: ``(n,)`` int64, which tokens the queries are.
-        part: Which heads.
         method: Says whether means stand in.
-        patterns: The blocks of all heads, for each shape.
+        choices: For each shape the layout, and ``(B, h, N, N)`` bool, the blocks.
         call: The call.
     """
     scale, values = _scale(q, call), v.float()
@@ -164,10 +164,8 @@ def _errors(
         logits.masked_fill_(call.key_padding[:, None, None], -torch.inf)
     exact = logits.softmax(-1) @ values
     errors = []
-    for pattern in patterns:
-        layout = pattern.layout
+    for layout, blocks in choices:
         block_of = layout.inverse[0] // layout.block
-        blocks = pattern.mask.to_dense()[:, part]
         listed = blocks[:, :, block_of[rows]]
         kept, of_kept = logits.masked_fill(~listed[..., block_of], -torch.inf), values
         if method.compensate is not None:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..mask import BlockMask
 from ..tokens import AttentionCall, TokenSpec
@@ -31,13 +32,12 @@ class PatternCache:
 
     Args:
         entries: What is kept, by key, the latest last.
-        shortened: Masks without padded keys, by the mask that has them, for as long as that lives.
-        padding: The padding they are for, ``(B, S)`` bool.
+        shortened: Masks without padded keys, by the mask that has them and the padding, ``(B, S)`` bool, for as long
+            as both live. Guidance passes have paddings of their own.
     """
 
     entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
-    shortened: WeakKeyDictionary[BlockMask, BlockMask] = field(default_factory=WeakKeyDictionary)
-    padding: Tensor | None = None
+    shortened: WeakKeyDictionary[BlockMask, WeakIdKeyDictionary] = field(default_factory=WeakKeyDictionary)
 
     def static(self, key: Hashable, build: Callable[[], Entry]) -> Entry:
         """Return what is stored under a key, building it at the first call.
@@ -47,7 +47,8 @@ class PatternCache:
             build: Makes the entry.
         """
         if key not in self.entries:
-            self.entries[key] = build()
+            with torch.inference_mode(False):  # later calls may want gradients
+                self.entries[key] = build()
             while len(self.entries) > MAX_STATIC_ENTRIES:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
@@ -60,19 +61,16 @@ class PatternCache:
             pattern: The pattern.
             padding: ``(B, S)`` bool, True where a key is padding; as long as it stays the same, the same tensor object.
         """
-        if self.padding is not padding:
-            self.shortened.clear()
-            self.padding = padding
-        if pattern.mask not in self.shortened:
+        known = self.shortened.setdefault(pattern.mask, WeakIdKeyDictionary())
+        if padding not in known:
             lengths = pattern.layout.lengths_without(padding, pattern.mask.block_k)
-            self.shortened[pattern.mask] = pattern.mask.with_lengths_k(lengths)
-        return self.shortened[pattern.mask]
+            known[padding] = pattern.mask.with_lengths_k(lengths)
+        return known[padding]
 
     def clear(self) -> None:
         """Forget everything."""
         self.entries.clear()
         self.shortened.clear()
-        self.padding = None
 
 
 @dataclass
@@ -157,6 +155,14 @@ class MethodState:
             return self.precision
         self.excuse(reason)
         return None
+
+    def forget_pattern(self) -> None:
+        """Forget the pattern, and those of groups of heads; what else a method has learned from the run stays."""
+        self.pattern = None
+        for each in self.memory.values():
+            forget = getattr(each, "forget_pattern", None)
+            if forget is not None:
+                forget()
 
     def reset(self) -> None:
         """Forget the run: pattern and memory."""

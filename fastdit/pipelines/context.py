@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,9 +50,13 @@ class RunTracker:
         self._timestep: float | None = None
         self._direction = 0
         self._passes = 0
+        self._place = (0, -1)
+        self._seen: Counter[str] = Counter()
         self.step = -1
         self.num_steps: int | None = None
         self.branch = "cond"
+        self.turn = 0
+        """How many passes of the branch there were before in this step: pipelines may go through a batch in parts."""
         self.run = 0
         """Number of the video; method memory lives for one of them."""
 
@@ -74,7 +79,7 @@ class RunTracker:
             self._context = previous
 
     def begin(self, timestep: Any) -> None:
-        """Find out step, branch and run of the forward call that starts now.
+        """Find out step, branch, turn and run of the forward call that starts now.
 
         Args:
             timestep: The transformer's timestep argument: a number, or a tensor with one value per sample or token.
@@ -94,7 +99,8 @@ class RunTracker:
         if step is None:
             self._follow(timestep)
         else:
-            if step < self.step:
+            too_many = step == self.step and said is None and self._passes + 1 == MAX_PASSES
+            if step < self.step or too_many:
                 self._start_run()
             self._passes = self._passes + 1 if step == self.step else 0
             self.step = step
@@ -103,13 +109,20 @@ class RunTracker:
         else:
             self.num_steps = None if pipeline is None else _num_steps(pipeline, timesteps)
         self.branch = _unnamed_branch(self._passes) if said is None else said.name
+        if self._place != (self.run, self.step):
+            self._place = (self.run, self.step)
+            self._seen.clear()
+        self.turn = self._seen[self.branch]
+        self._seen[self.branch] += 1
 
     def _running_pipeline(self) -> Any:
         pipeline = None if self._pipeline is None else self._pipeline()
         if pipeline is None or getattr(pipeline, "scheduler", None) is None:
             return None
-        # An idle pipeline knows nothing: its transformer is being called by another one, or by hand.
-        return None if getattr(pipeline, "_current_timestep", True) is None else pipeline
+        # An idle pipeline knows nothing: its transformer is being called by another one, or by hand. Before its first
+        # video a pipeline that has the property lacks what it reads.
+        idle = None if hasattr(type(pipeline), "current_timestep") else True
+        return None if getattr(pipeline, "_current_timestep", idle) is None else pipeline
 
     def _start_run(self) -> None:
         self.run += 1

@@ -67,7 +67,7 @@ class Forward:
 
 @dataclass
 class Memory:
-    """Hold a method's state for one layer, guidance pass and sample group, and what it was made for.
+    """Hold a method's state for one layer, guidance pass, turn and sample group, and what it was made for.
 
     Args:
         state: What the method remembers.
@@ -96,7 +96,7 @@ class Layer:
         self.index = index
         self.runtime = runtime
         self.stats = LayerStats()
-        self.memories: dict[tuple[str, int], Memory] = {}
+        self.memories: dict[tuple[str, int, int], Memory] = {}
         self.excuses: set[str] = set()
         self.number = torch.tensor(next(_numbers))
         LAYERS[int(self.number)] = self
@@ -181,11 +181,21 @@ class Layer:
         # autocast would choose blocks, and add up, in the precision of the model
         with torch.autocast(q.device.type, enabled=False):
             out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
+        self._forget(state, call)
         self.stats.count_sparse(state.kept)
         for reason in self.excuses:
             self.stats.precision_fallbacks[reason] += 1
             self.runtime.warn(reason, f"products are not in {state.precision}")
         return out
+
+    def _forget(self, state: MethodState, call: AttentionCall) -> None:
+        """Drop what no later call will use: for all layers of a large model it takes gigabytes."""
+        if torch.is_grad_enabled():
+            return  # checkpointing may compute this call again
+        if call.num_steps is not None and call.step + 1 >= call.num_steps:
+            state.reset()
+        elif self.runtime.settings.schedule.refreshes(call.step + 1, call.num_steps):
+            state.forget_pattern()
 
     def run_dense(self, stock: Callable[[], Tensor], device: torch.device) -> Tensor:
         """Run the model's own attention call.
@@ -203,7 +213,7 @@ class Layer:
         runtime = self.runtime
         forward, run = runtime.forward, runtime.tracker.run
         assert forward is not None
-        key = (call.branch, (forward.reached[self.index] - 1) % forward.calls)
+        key = (call.branch, runtime.tracker.turn, (forward.reached[self.index] - 1) % forward.calls)
         shape = (q.shape, q.device, call.tokens)
         memory = self.memories.get(key)
         if memory is None:
