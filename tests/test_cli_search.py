@@ -124,6 +124,25 @@ def test_a_preset(place):
     }  # fmt: skip
 
 
+def test_what_is_left_open_is_as_the_preset_has_it(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fastdit.search.run.search", lambda *about, **options: asked.append(options["sampling"]) or 1 / 0
+    )
+    preset = ("--preset", "sparse-vdit")
+    for changes in (preset, (*preset, "--warmup-steps", 2), (*preset, "--samples", 1), (*preset, "--budget", 0.4), ()):
+        assert run(*command(*changes, candidates=())).exit_code == 1
+    found = [(each.schedule.warmup_steps, each.buckets, each.per_bucket) for each in asked]
+    kept = found[0][0]
+    assert found == [(kept, 1, 3), (2, 1, 3), (kept, 1, 1), (kept, 3, 1), (kept, 3, 1)] and kept != 2
+
+
+def test_paro_keeps_no_scores(place):
+    value = run_json(*command("--preset", "paro", candidates=()))
+    assert value["scores"] is None and "paro" in {found["method"] for found in value["methods"]}
+    assert [name for name in listing(place) if name.endswith(".scores")] == []
+
+
 def test_lists_of_candidates_are_split_outside_of_brackets():
     assert split_candidates(" radial ,draft(density=0.1, tile=(1, 8, 8)),, dense") == [
         "radial",
@@ -148,6 +167,12 @@ def test_the_demo_is_searched_with_what_it_knows():
         (("--candidates", "draft(0.2)"), ("cannot read",)),
         (("--candidates", " , "), ("no candidates",)),
         (("--candidates", "draft", "--preset", "paro"), ("--preset or --candidates",)),
+        (("--preset", "paro", "--cost-model", "empty.txt"), ("leave the cost model out",)),
+        (("--preset", "paro", "--max-kinds", "2"), ("its own rule", "leave it out")),
+        (("--preset", "paro", "--folder", "scores"), ("keeps no scores", "leave the folder out")),
+        (("--preset", "paro", "--max-error", "0.1"), ("give a budget",)),
+        (("--preset", "paro", "--target-speedup", "2"), ("give a budget",)),
+        (("--preset", "sparse-vdit", "--max-kinds", "2"), ("its own rule", "such as a budget")),
         (("--budget", "25"), ("(0, 1]", "0.25")),
         (("--budget", "0"), ("(0, 1]",)),
         (("--budget", "nan"), ("(0, 1]",)),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..search.sampling import Sampling
 
 LIMIT = "Limit: one of"
+LIMITS = ("budget", "target_speedup", "max_error")
 CHOICE = "What there is to choose from"
 STAGES = {"cost": "timing", "calibrate": "calibrating", "capture": "scoring", "solve": "solving"}
 
@@ -87,7 +88,10 @@ def search(
     max_kinds: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many of them the heads of a layer may use.", rich_help_panel=CHOICE, show_default=False
+            min=1,
+            help="How many of them the heads of a layer may use; not by a preset's own rule.",
+            rich_help_panel=CHOICE,
+            show_default=False,
         ),
     ] = None,
     cost_model: Annotated[
@@ -136,7 +140,7 @@ def search(
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="Where scores are kept, to go on from after a break (default: beside the plan).",
+            help="Where scores are kept, to go on from after a break (default: beside the plan); not with paro.",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -155,10 +159,12 @@ def search(
 
     texts = None if prompts is None else read_prompts(None, prompts)
     check_target(output, (".json",))
-    folder = output.with_suffix(".scores") if folder is None else folder
-    check_folder(folder if folder.exists() else folder.parent)
     wanted = {"budget": budget, "target_speedup": target_speedup, "max_error": max_error, "end_to_end": end_to_end}
-    listed = _check_request(wanted, candidates, preset)
+    listed = _check_request(wanted, candidates, preset, max_kinds=max_kinds, cost=cost_model, folder=folder)
+    if folder is None and preset != "paro":  # which keeps no scores
+        folder = output.with_suffix(".scores")
+    if folder is not None:
+        check_folder(folder if folder.exists() else folder.parent)
 
     from ..search.cost import CostModel
     from . import models
@@ -206,7 +212,7 @@ def search(
                 **wanted,
                 candidates=listed,
                 preset=preset,
-                sampling=_sampling(pipeline, schedule, buckets, samples),
+                sampling=_sampling(pipeline, preset, wanted, schedule, buckets, samples),
                 arguments=arguments,
                 seed=seed,
                 kernel=kernel,
@@ -220,7 +226,7 @@ def search(
         screen.note(f"wrote {output}")
         value = {
             "plan": str(output),
-            "scores": str(folder),
+            "scores": None if folder is None else str(folder),
             "model": model,
             "seed": seed,
             "dtype": str(weights).removeprefix("torch."),
@@ -231,17 +237,21 @@ def search(
     screen.result(value, expected_table(value, output.name), methods_table(value))
 
 
-def _check_request(wanted: dict[str, Any], candidates: str | None, preset: str | None) -> list[str] | None:
+def _check_request(
+    wanted: dict[str, Any], candidates: str | None, preset: str | None, **others: Any
+) -> list[str] | None:
     """Check what can be checked without a model, and return the candidates that are named."""
     from ..search.candidates import make_candidates
     from ..search.decide import Target
+    from ..search.run import check_preset
 
     if candidates is not None and preset is not None:
         raise InputError(f"the preset {preset} has candidates of its own: leave out --preset or --candidates")
     listed = None if candidates is None else split_candidates(candidates)
     with as_input_error():
         make_candidates(listed)
-        if wanted["end_to_end"] or any(wanted[name] is not None for name in ("budget", "target_speedup", "max_error")):
+        check_preset(preset, [wanted[name] for name in LIMITS], **others)
+        if wanted["end_to_end"] or _limited(wanted):
             Target(wanted["budget"], wanted["target_speedup"], wanted["max_error"], wanted["end_to_end"])
     return listed
 
@@ -262,23 +272,32 @@ def split_candidates(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _sampling(pipeline: Any, schedule: dict[str, Any], buckets: int | None, samples: int | None) -> Sampling | None:
+def _limited(wanted: dict[str, Any]) -> bool:
+    return any(wanted[name] is not None for name in LIMITS)
+
+
+def _sampling(
+    pipeline: Any,
+    preset: str | None,
+    wanted: dict[str, Any],
+    schedule: dict[str, Any],
+    buckets: int | None,
+    samples: int | None,
+) -> Sampling:
     from ..search.run import default_sampling
 
     own = {name: value for name, value in (("buckets", buckets), ("per_bucket", samples)) if value is not None}
-    if not own and not schedule:
-        return None
-    default = default_sampling(pipeline)
+    default = default_sampling(pipeline, preset, limited=_limited(wanted))
     return replace(default, schedule=replace(default.schedule, **schedule), **own)
 
 
 @contextlib.contextmanager
-def _kept(folder: Path, screen: Screen) -> Any:
+def _kept(folder: Path | None, screen: Screen) -> Any:
     """Say after a failure what was not lost."""
     try:
         yield
     except BaseException:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder is not None and folder.is_dir() and any(folder.iterdir()):
             screen.note(f"the scores taken so far are in {folder}; the same command goes on from there")
         raise
 

@@ -236,7 +236,7 @@ def measure_cost(
         advance: Called with 1 after each candidate of each round, one round for warming up included.
     """
     q, k, v = structured_qkv(shape)
-    call = AttentionCall(shape.tokens, num_layers=shape.layers)
+    call = AttentionCall(shape.tokens, num_layers=shape.layers, num_steps=1)  # masks may differ between parts of a run
     caches = [PatternCache() for _ in candidates]
     dense, ratios, found = [], defaultdict(list), {}
     for turn in range(rounds + 1):

@@ -85,10 +85,11 @@ def search(
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the model.
         sensitivity: Whether to measure, with the first prompt, how much each layer's error changes the model's output.
         quantile: Of the errors over prompts, steps and guidance passes that counts, in [0, 1].
-        max_kinds: How many candidates the heads of a layer may use in a bucket, at least 1; default: any number.
-        cost: A cost model of another device; default: this one is measured.
+        max_kinds: How many candidates the heads of a layer may use in a bucket, at least 1; default: any number. Not
+            where a preset chooses by its own rule.
+        cost: A cost model of another device; default: this one is measured. Not with preset ``"paro"``.
         folder: Where scores are kept, one file for each prompt, so that a search that was interrupted goes on, and
-            another limit needs no new scores; default, and with preset ``"paro"``: nowhere.
+            another limit needs no new scores; default: nowhere. Not with preset ``"paro"``.
         progress: Called with the stage, ``"cost"``, ``"calibrate"``, ``"capture"`` or ``"solve"``, what is done and an
             estimate of all there is to do.
 
@@ -101,25 +102,24 @@ def search(
         RuntimeError: A candidate cannot run on this model.
     """
     limits = (budget, target_speedup, max_error)
-    _check_preset(preset, candidates, limits)
-    unlimited = all(limit is None for limit in limits)
-    if unlimited:
+    limited = any(limit is not None for limit in limits)
+    check_preset(preset, limits, candidates=candidates, max_kinds=max_kinds, cost=cost, folder=folder)
+    asked = budget
+    if not limited:
         budget = BUDGET
     target = Target(budget, target_speedup, max_error, end_to_end)
     methods = sparse_vdit_candidates() if preset == "sparse-vdit" else make_candidates(candidates)
     texts = _check_prompts(prompts)
     transformers = require_transformers(pipeline)
     if sampling is None:
-        sampling = default_sampling(pipeline)
-        if preset == "sparse-vdit" and unlimited:  # its table has no axis of steps
-            sampling = replace(sampling, buckets=1, per_bucket=3)
+        sampling = default_sampling(pipeline, preset, limited=limited)
     task = Task(pipeline, sampling, dict(arguments or {}), kernel, precision, progress)
     folder = None if folder is None else Path(folder)
     only: dict[str, AttentionMethod] = {}
     if preset == "paro":
-        only = dict(task.calibrate_paro(texts[0], seed, PARO_DENSITY if unlimited else budget or PARO_DENSITY))
-        methods, folder = [methods[0], *dict.fromkeys(only.values())], None
-    own_rule = bool(only) or (preset is not None and unlimited)
+        only = dict(task.calibrate_paro(texts[0], seed, PARO_DENSITY if asked is None else asked))
+        methods = [methods[0], *dict.fromkeys(only.values())]
+    own_rule = preset == "paro" or (preset is not None and not limited)
     shape = task.survey(texts[0], seed)
     model = task.cost(methods, shape, cost, folder)
     left_out = frozenset() if own_rule else task.slower_than_dense(model)
@@ -164,30 +164,66 @@ def search(
     )
 
 
-def default_sampling(pipeline: Any) -> Sampling:
+def default_sampling(pipeline: Any, preset: str | None = None, *, limited: bool = True) -> Sampling:
     """Return the steps that a search keeps dense, tells apart and looks at where the user says nothing.
 
     Args:
         pipeline: A diffusers pipeline.
+        preset: The paper whose procedure is followed; default: none.
+        limited: Whether a limit is given, instead of a rule that a preset has of its own.
 
     Raises:
         ValueError: Its model is of no family that is known.
     """
     transformers = require_transformers(pipeline)
     transformer = next(iter(transformers.values()))
-    preset = find_preset(find_family(transformer), transformer, None, len(transformers))
-    return Sampling(replace(preset.schedule, dense_layers=()))
+    schedule = find_preset(find_family(transformer), transformer, None, len(transformers)).schedule
+    sampling = Sampling(replace(schedule, dense_layers=()))
+    # the table of that paper has no axis of steps
+    return replace(sampling, buckets=1, per_bucket=3) if preset == "sparse-vdit" and not limited else sampling
 
 
-def _check_preset(preset: str | None, candidates: Any, limits: tuple[float | None, ...]) -> None:
+def check_preset(
+    preset: str | None,
+    limits: Sequence[float | None],
+    *,
+    candidates: Any = None,
+    max_kinds: int | None = None,
+    cost: Any = None,
+    folder: Any = None,
+) -> None:
+    """Check that what is asked of a search goes with the procedure of a paper, which leaves less open.
+
+    Args:
+        preset: Its name; ``None`` for no paper's.
+        limits: Budget, in (0, 1], speed-up, above 0, and error, at least 0, with ``None`` for those not given.
+        candidates: Candidates; ``None`` if none are given, like the others.
+        max_kinds: How many of them the heads of a layer may use, at least 1.
+        cost: A cost model.
+        folder: Where scores are kept.
+
+    Raises:
+        ValueError: There is no such preset, or it has no use for something.
+    """
     if preset is None:
         return
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; presets are: {', '.join(PRESETS)}")
     if candidates is not None:
         raise ValueError(f"preset {preset!r} has candidates of its own; give one of the two")
-    if preset == "paro" and any(limit is not None for limit in limits[1:]):
+    if max_kinds is not None and (preset == "paro" or all(limit is None for limit in limits)):
+        rule = "a limit, such as a budget" if preset != "paro" else "another search"
+        raise ValueError(
+            f"preset {preset!r} chooses by its own rule, so max_kinds has no effect; leave it out, or use {rule}"
+        )
+    if preset != "paro":
+        return
+    if any(limit is not None for limit in limits[1:]):
         raise ValueError("preset 'paro' calibrates for a density: give a budget rather than a speed-up or an error")
+    if cost is not None:
+        raise ValueError("preset 'paro' calibrates masks that no cost model has times of; leave the cost model out")
+    if folder is not None:
+        raise ValueError("preset 'paro' keeps no scores, because its masks are calibrated anew; leave the folder out")
 
 
 def _check_prompts(prompts: Sequence[str] | None) -> tuple[str, ...]:
