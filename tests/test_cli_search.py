@@ -116,6 +116,16 @@ def test_a_plan_that_cannot_be_written_is_not_left_half(place, monkeypatch):
     assert listing(place) == ["plan.scores", *FILES]
 
 
+def test_times_of_another_device_come_with_its_plan(place):
+    first = run_json(*command("--budget", 0.4))
+    again = run_json(
+        *command(
+            "--budget", 0.4, "-o", "again.json", candidates=("--candidates", CANDIDATES, "--cost-model", "plan.json")
+        )
+    )
+    assert (again["speedup_attention"], again["device"]) == (first["speedup_attention"], "a device")
+
+
 def test_a_preset(place):
     value = run_json(*command("--preset", "sparse-vdit", candidates=()))
     assert value["buckets"] == ["all steps"]

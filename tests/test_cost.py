@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_views import SMALL, some_plan
 
 from fastdit.attention import MethodState, get_method
 from fastdit.search import cost
@@ -111,6 +112,15 @@ def test_a_record_can_be_read_again(tmp_path):
         with pytest.raises(ValueError, match=r"cannot read a cost model from .*gpu\.json"):
             CostModel.load(path)
     with pytest.raises(ValueError, match="cannot read"):
+        CostModel.load(tmp_path / "none.json")
+
+
+def test_a_plan_brings_its_cost_model(tmp_path):
+    known = model(*(timing(m, m.density) for m in CANDIDATES[1:]))
+    some_plan(SMALL, cost_model=known.record()).save(tmp_path / "plan.json")
+    assert CostModel.load(tmp_path / "plan.json") == known
+    some_plan(SMALL, cost_model={}).save(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"none\.json: it is no cost model.*give a plan, or a cost-\*\.json"):
         CostModel.load(tmp_path / "none.json")
 
 

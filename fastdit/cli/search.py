@@ -97,7 +97,8 @@ def search(
     cost_model: Annotated[
         Path | None,
         typer.Option(
-            help="Times of another device, from a JSON file (default: this device is timed).",
+            help="Times of another device: a plan that was searched there, or plan.scores/cost-*.json "
+            "(default: this device is timed).",
             rich_help_panel=CHOICE,
             show_default=False,
         ),

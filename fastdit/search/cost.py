@@ -194,11 +194,11 @@ class CostModel:
             values = {name: value for name, value in record.items() if name not in ("version", "kernels")}
             return cls(**{**values, "timings": tuple(Timing(**timing) for timing in values["timings"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this is no cost model, or a damaged one: {error!r}; measure it again") from error
+            raise ValueError(f"it is no cost model, or a damaged one ({error!r})") from error
 
     @classmethod
     def load(cls, path: Path) -> CostModel:
-        """Read a cost model from a JSON file: a record, as it is kept in plans and benchmark results.
+        """Read a cost model from a JSON file: a record, as a search keeps beside its scores, or a plan, which has one.
 
         Args:
             path: The file.
@@ -207,9 +207,13 @@ class CostModel:
             ValueError: It cannot be read, or holds no cost model.
         """
         try:
-            return cls.of_record(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read a cost model from {path}: {error}") from error
+            content = json.loads(path.read_text(encoding="utf-8"))
+            is_plan = isinstance(content, dict) and "fastdit_plan" in content
+            return cls.of_record(content["cost_model"] if is_plan else content)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"cannot read a cost model from {path}: {error}; give a plan, or a cost-*.json beside the scores of one"
+            ) from error
 
 
 @torch.no_grad()
