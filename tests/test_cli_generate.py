@@ -121,6 +121,13 @@ def test_no_sparse_step_is_no_error(tmp_path):
     assert value["sparse_steps"] == [] and value["density"] is None and value["sparse_steps_seconds"] is None
 
 
+def test_no_sparse_layer_is_no_error(tmp_path):
+    layers = ("--warmup-steps", 0, "--tail-steps", 0, "--dense-layers", "0,1,2,3,4,5")
+    result = run(*small("a cat", *DRAFT, *layers, "-o", tmp_path / "cat.mp4"))
+    assert result.exit_code == 0, result.stderr
+    assert "density, sparse steps (3)" in result.stdout and "density, sparse layers" not in result.stdout
+
+
 def test_the_table_and_the_files_are_shown(tmp_path):
     result = run(*small("a cat", *DRAFT, "-o", tmp_path / "cat.mp4", "--compare"))
     assert result.exit_code == 0

@@ -130,9 +130,10 @@ def tables(report: dict[str, Any]) -> list[Table]:
         row(name, sparse, dense, number(report[speedup], "{:.2f}x"))
 
     count, steps = len(report["sparse_steps"]), report["steps"]
-    if report["density"] is not None and abs(report["density"] - report["sparse_call_density"]) > 0.0005:
-        row("density, sparse layers", number(report["sparse_call_density"], "{:.3f}"), "1")
-    row(f"density, sparse steps ({count})", number(report["density"], "{:.3f}"), "1")
+    density, of_calls = report["density"], report["sparse_call_density"]
+    if density is not None and of_calls is not None and abs(density - of_calls) > 0.0005:
+        row("density, sparse layers", number(of_calls, "{:.3f}"), "1")
+    row(f"density, sparse steps ({count})", number(density, "{:.3f}"), "1")
     row(f"density, all steps ({steps})", number(report["overall_density"], "{:.3f}"), "1")
     times(f"time, sparse steps ({count})", "sparse_steps_seconds", "speedup_sparse_steps")
     times("time, attention", "attention_seconds", "speedup_attention")
