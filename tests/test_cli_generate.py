@@ -154,7 +154,6 @@ def test_quiet_shows_nothing(tmp_path):
 def test_prompts_of_a_file_get_one_video_each(tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\n\na [bold] dog\na cat\n")
-    out.mkdir()
     result = run(*small("--prompts", prompts, *DRAFT, "-o", out, "--report", tmp_path / "r.json"))
     assert result.exit_code == 0, result.stderr
     assert listing(out) == ["a-bold-dog.mp4", "a-cat-2.mp4", "a-cat.mp4"]
@@ -201,7 +200,9 @@ def refused(*arguments, code=2):
         (("--prompts", "none.txt"), ("none.txt", "No such file")),
         (("--prompts", "empty.txt"), ("no prompt in", "empty.txt")),
         (("--prompts", "binary.txt"), ("binary.txt", "UTF-8")),
-        (("--prompts", "two.txt", "-o", "none"), ("none does not exist", "mkdir -p")),
+        (("--prompts", "two.txt", "-o", "none/out"), ("none does not exist", "mkdir -p none")),
+        (("--prompts", "two.txt", "-o", "out.mp4"), ("out.mp4 is one file", "name of a folder")),
+        (("--prompts", "two.txt", "-o", "out", "--method", "drft"), ("did you mean 'draft'",)),
         (("--prompts", "two.txt", "-o", "empty.txt"), ("is a file, not a folder",)),
         (("a cat", "-o", "none/cat.mp4"), ("none does not exist", "mkdir -p")),
         (("a cat", "-o", "cat.avi"), ("cat.avi", ".mp4")),

@@ -31,7 +31,9 @@ def inspect(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A folder to draw pictures (.png) into.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="A folder to draw pictures (.png) into; needs matplotlib.", show_default=False
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the numbers to stdout as JSON.")] = False,
@@ -70,11 +72,11 @@ def _check_pictures(folder: Path) -> None:
     from ..search.plots import check_matplotlib
     from .video import check_folder
 
-    check_folder(folder)
     try:
         check_matplotlib()
     except ImportError as error:
         raise InputError(str(error)) from error
+    check_folder(folder, new=True)
 
 
 def _titles(plan: Plan, asked: str | None) -> list[str]:
@@ -162,6 +164,7 @@ def _save(pictures: Iterator[tuple[str, Figure | None]], folder: Path, screen: S
         if figure is None:
             screen.note(f"no picture of {name}: which blocks it computes depends on the video")
             continue
+        folder.mkdir(exist_ok=True)
         path = folder / f"{name}.png"
         with moved_when_complete(path) as part:
             save(figure, part)

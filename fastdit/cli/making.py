@@ -168,6 +168,7 @@ class Studio:
 
     def _write(self, name: str, frames: np.ndarray, path: Path) -> None:
         bar = self.screen.start(name, len(frames))
+        path.parent.mkdir(exist_ok=True)
         write_video(frames, path, fps=self.fps, advance=bar.advance)
         bar.finish()
         self.screen.note(f"wrote {path}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import InputError
-from .video import check_folder, check_target
+from .video import SUFFIXES, check_folder, check_target
 
 LONGEST_NAME = 60
 
@@ -73,7 +73,7 @@ def plan_jobs(prompts: list[str], output: Path | None, *, single: bool) -> list[
 
     Args:
         prompts: At least one.
-        output: A file for a single prompt, or a folder; default the current folder.
+        output: A file for a single prompt, or a folder, which need not be there yet; default the current folder.
         single: Whether the prompt was given by itself, so that ``output`` may be a file.
 
     Raises:
@@ -83,10 +83,15 @@ def plan_jobs(prompts: list[str], output: Path | None, *, single: bool) -> list[
         jobs = [Job(prompts[0], output)]
     else:
         folder = Path() if output is None else output
-        check_folder(folder)
+        if folder.suffix.lower() in SUFFIXES and not folder.exists():
+            raise InputError(
+                f"--prompts makes a video of each line, and {folder} is one file; give the name of a folder"
+            )
+        check_folder(folder, new=True)
         jobs = [Job(p, folder / name) for p, name in zip(prompts, _file_names(prompts), strict=True)]
+        single = False
     for job in jobs:
-        check_target(job.output)
+        check_target(job.output, new_folder=not single)
     return jobs
 
 

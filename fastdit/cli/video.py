@@ -39,12 +39,13 @@ def check_ffmpeg() -> str:
     return path
 
 
-def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES) -> None:
+def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES, *, new_folder: bool = False) -> None:
     """Check that a file can be written, before any work is done.
 
     Args:
         path: The file.
         suffixes: What its name may end with; ``None`` for anything.
+        new_folder: Whether its folder is made when the file is, if only the folder's own is there.
 
     Raises:
         InputError: The folder does not exist or cannot be written, the path is a folder, or its suffix is another.
@@ -54,20 +55,23 @@ def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES) -> Non
     if suffixes is not None and path.suffix.lower() not in suffixes:
         there = "" if path.suffix else "there is no such folder, and "
         raise InputError(f"cannot write {path}: {there}the name of the file must end with {' or '.join(suffixes)}")
-    check_folder(path.parent)
+    check_folder(path.parent, new=new_folder)
     if path.exists() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: the file is there and is read-only")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, new: bool = False) -> None:
     """Check that files can be made in a folder.
 
     Args:
         folder: The folder.
+        new: Whether it may be missing, and is made when it is needed.
 
     Raises:
         InputError: It does not exist, is none, or cannot be written.
     """
+    if new and not folder.exists():
+        folder = folder.parent
     if not folder.exists():
         raise InputError(f"the folder {folder} does not exist; make it with: mkdir -p {folder}")
     if not folder.is_dir():

@@ -55,7 +55,9 @@ def check_matplotlib() -> None:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        raise ImportError("pictures need matplotlib, which is not installed: pip install 'fastdit[plots]'") from error
+        raise ImportError(
+            "pictures need matplotlib, which is not installed: pip install matplotlib, or fastdit with its extra plots"
+        ) from error
 
 
 def draw_methods(plan: Plan, title: str) -> Figure:
