@@ -149,7 +149,7 @@ def enable_sparse_attention(
     Args:
         target: A diffusers pipeline, whose ``transformer`` and ``transformer_2`` are both meant, or a transformer.
         method: Name of a method, a method, a plan that a search made, the path of its file, which ends in ``.json``, or
-            ``None`` for the model's default: a plan that comes with fastdit for this very model, or its preset.
+            ``None`` for the model's default: a plan that comes with fastdit for its configuration, or its preset.
         schedule: Which steps and layers stay dense; default: the plan's or the preset's. A bare transformer does not
             know how many steps there will be, so without a plan by default all of its calls are sparse.
         kernel: One of ``list_kernels()``; default: the fastest that can run.

@@ -10,9 +10,9 @@ _FOLDER = Path(__file__).parent / "plans"
 
 
 def find_shipped_plan(config_hash: str) -> Plan | None:
-    """Return the plan for a model, or ``None`` if there is none.
+    """Return the plan for models of a configuration, or ``None`` if there is none; weights are not looked at.
 
-    The hash stands in the name of the file, so plans of other models are not read.
+    The hash stands in the name of the file, so plans of other configurations are not read.
 
     Args:
         config_hash: What ``config_hash`` returns for the configuration of the pipeline's first transformer.
