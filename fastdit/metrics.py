@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,16 @@ def psnr(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor
     video, reference = _videos(video, reference)
     error = torch.stack([(a.double() - b.double()).square().mean() for a, b in zip(video, reference, strict=True)])
     return -10 * torch.log10(error if per_frame else error.mean())
+
+
+def mean_psnr(values: Iterable[float]) -> float:
+    """Return the PSNR of several videos of one length taken together, in dB, from their mean squared error.
+
+    Args:
+        values: Of each video in dB, inf where nothing differs; at least one.
+    """
+    error = fmean(10 ** (-value / 10) for value in values)
+    return -10 * math.log10(error) if error else math.inf
 
 
 def ssim(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:

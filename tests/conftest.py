@@ -14,14 +14,7 @@ def _seeded():
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Fill every uninitialised tensor with NaN, so that an unwritten block shows."""
+    from fastdit.bench.verify import UNINITIALISED, poisoned
 
-    def poison(make):
-        def wrapped(*args, **kwargs):
-            out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return wrapped
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    for owner, name in UNINITIALISED:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -7,6 +7,8 @@ import json
 import re
 from functools import partial
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cli_runs import SIZE, folder, run, run_json, spawn
@@ -15,10 +17,11 @@ import fastdit.bench.contenders
 import fastdit.bench.jobs
 import fastdit.bench.quality
 import fastdit.cli.bench_build
+import fastdit.cli.bench_report
 from fastdit.bench.contenders import Contender
-from fastdit.bench.random_models import MODELS
 from fastdit.bench.rows import read_rows
 from fastdit.cli.assemble import assembled
+from fastdit.cli.bench_model import Model
 
 KERNELS = ("bench", "kernels", "--densities", "0.5", "--contenders", "sdpa-flash,fastdit-cpu,fa3", "--repeats", "1")
 SMALL = ("--problems", "2x8x8/2x32")
@@ -36,10 +39,19 @@ def test_kernels(tmp_path):
     assert rows["fa3"]["absent"].startswith("not installed")
     about = rows["sdpa-flash"]["run"]
     assert about["seed"] == 0 and about["versions"]["torch"] and {"commit", "device", "time"} <= set(about)
+    assert about["dtype"] == "float32"
     again = run(*KERNELS, *SMALL, "-o", file)
     assert again.exit_code == 2 and "--resume" in again.stderr
-    assert run(*KERNELS, *SMALL, "-o", file, "--resume", "--against", file).exit_code == 0
+    other = run(*KERNELS, *SMALL, "-o", file, "--resume", "--seed", "1")
+    assert other.exit_code == 2 and "rows of another run: seed 0, this run has 1" in other.stderr
+    resumed = run(*KERNELS, *SMALL, "-o", file, "--resume", "--against", file)
+    assert resumed.exit_code == 0 and "3 rows compared" in resumed.stdout
     assert len(parts(file)) == 3
+    command = ("bench", "kernels", "--densities", "0.5", "--problems", "2x8x8/1x32", "--repeats", "1")
+    result = run(*command, "--contenders", "fastdit-cpu", "--against", file, "-o", tmp_path / "own.jsonl")
+    assert result.exit_code == 0 and "none of these rows is in" in result.stdout
+    ours = next(row for row in read_rows(tmp_path / "own.jsonl") if row["part"] == "fastdit-cpu@0.5")
+    assert ours["speedup"] > 0 and ours["dense"] == "sdpa-flash"  # never without a dense one beside it
 
 
 def test_options_are_assembled():
@@ -107,11 +119,11 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
 def test_ctrl_c_between_videos(tmp_path, monkeypatch):
     stock, made = fastdit.bench.quality._video, []
 
-    def video(studio, prompt, seed, method, schedule):
-        made.append(method if method == "dense" else method.name)
+    def video(studio, prompt, seed, enable):
+        made.append(enable(studio.pipeline).method.name)
         if len(made) == 4:
             raise KeyboardInterrupt
-        return stock(studio, prompt, seed, method, schedule)
+        return stock(studio, prompt, seed, enable)
 
     monkeypatch.setattr(fastdit.bench.quality, "_video", video)
     (tmp_path / "prompts.txt").write_text("a red circle\n")
@@ -122,6 +134,43 @@ def test_ctrl_c_between_videos(tmp_path, monkeypatch):
     assert parts(tmp_path / "rows.jsonl") == ["sla(density=0.5)", "draft(density=0.5)"]
     assert run(*command, "-o", tmp_path / "rows.jsonl").exit_code == 0
     assert made[4:] == ["dense", "profiled"] and len(parts(tmp_path / "rows.jsonl")) == 3
+
+
+def test_what_is_learned_from_is_not_compared(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        fastdit.cli.bench_build,
+        "quality_jobs",
+        lambda studio, prompts, seeds, *_, **__: seen.append((list(prompts), list(seeds), studio.args[2])) or [],
+    )
+    session: Any = SimpleNamespace(seed=5, device="cpu")
+    model = Model.find(str(folder()))
+    for prompts, count in ((["a", "b", "c"], 2), (["a", "b"], None)):
+        fastdit.cli.bench_build.build_quality(session, model, prompts, count, 2, [], (), None)
+    assert seen == [(["a", "b"], [5, 6], ("c", 7)), (["a", "b"], [5, 6], ("a", 7))]
+
+
+def test_captured_calls_are_of_two_videos(monkeypatch):
+    made = []
+    studio: Any = SimpleNamespace(
+        pipeline=SimpleNamespace(transformer=None), make=lambda *video: made.append(video), calibration_steps=(1,)
+    )
+    build = fastdit.cli.bench_build
+    monkeypatch.setattr(build, "open_studio", lambda *_: studio)
+    monkeypatch.setattr(build, "middle_layer", lambda _: 0)
+    monkeypatch.setattr(build, "capture", lambda pipeline, make, *_: make() or [])
+    monkeypatch.setattr(build, "method_jobs", lambda name, measured, calibration, *_, **__: (measured(), calibration()))
+    session: Any = SimpleNamespace(seed=5, device="cpu")
+    build._captured(session, Model.find(str(folder())), ["a"], [], ())
+    build._captured(session, Model.find("demo"), ["a", "b"], [], ())
+    assert made == [("a", 5), ("a", 6), ("a", 5), ("b", 6)]
+
+
+def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastdit.cli.bench_report, "find_spec", lambda name: None)
+    for command in (("all", "--quick"), ("report", tmp_path / "rows.jsonl")):
+        result = run("bench", *command, "-o", tmp_path / ("rows.jsonl" if command[0] == "all" else "page.html"))
+        assert result.exit_code == 2 and "jinja2 and matplotlib; install fastdit[bench]" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,11 +186,18 @@ def test_ctrl_c_between_videos(tmp_path, monkeypatch):
         (("quality", "--score-with", "no-such-program {folder}"), "there is no program"),
         (("quality", "--score-with", "true"), "has no {folder}"),
         (("kernels", "--against", "nowhere.jsonl"), "cannot read results"),
+        (("kernels", "--against", "/dev/null"), "there are no results in /dev/null"),
+        (("kernels", "-o", "nowhere/rows.jsonl"), "the folder nowhere does not exist"),
+        (("kernels", "-o", "/dev"), "it is a folder"),
+        (("methods", "--problems", "2x4x4/0x32"), "at least one head"),
+        (("methods", "--model", folder()), 'one with --prompt "..."'),
+        (("e2e", "--model", folder()), 'one with --prompt "..."'),
+        (("quality", "--model", folder()), "some with --prompts FILE"),
         (("report", "nowhere.jsonl"), "cannot read results"),
     ],
 )
 def test_bad_input(arguments, text, tmp_path):
-    place = () if arguments[0] == "report" else ("-o", tmp_path / "rows.jsonl")
+    place = () if arguments[0] == "report" or "-o" in arguments else ("-o", tmp_path / "rows.jsonl")
     result = run("bench", *arguments, *place)
     assert result.exit_code == 2, result.stderr
     assert re.search(text, result.stderr)
@@ -203,7 +259,7 @@ def test_e2e(videos):
     assert set(rows) == {"dense", "draft-4x4x4@0.5", "sla@0.5"}
     dense = rows["dense"]
     assert dense["speedup"] == 1 == dense["predicted_speedup"] and 0 < dense["attention_share"] < 1
-    assert all(row["cold_seconds"] > 0 and row["step_seconds"] > 0 for row in rows.values())
+    assert all(row["seconds"] > row["step_seconds"] > 0 for row in rows.values())
 
 
 def test_report(videos):
@@ -214,34 +270,12 @@ def test_report(videos):
     check.feed(text)
     assert check.loads == []
     assert check.tags.count("img") == 4 and check.tags.count("svg") >= 4 and "b" not in check.tags
+    assert "quality over time" not in text  # each video is made once, so its time says little
     assert "prefers-color-scheme: dark" in text and "currentColor" in text
     markdown = tables.read_text()
     assert "- `LPIPS`: it takes 64 pixels, the videos have 32" in markdown
     assert "### Whole videos" in markdown and "| `sla@0.5` |" in markdown and "- `fa3`: not installed" in markdown
     assert run("bench", "report", videos, "-o", videos.with_name("report.txt")).exit_code == 2
-
-
-def test_random_weights(tmp_path, monkeypatch):
-    small = {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
-    stock = fastdit.cli.bench_build.random_subject
-    monkeypatch.setattr(
-        fastdit.cli.bench_build, "random_subject", lambda problem, **how: stock(problem, changes=small, **how)
-    )
-    problem = fastdit.cli.bench_build.find_problems(["4x8x8/2x128"])[0]
-    object.__setattr__(problem, "name", "wan-1.3b-tiny")
-    monkeypatch.setattr(fastdit.cli.bench_build, "find_problems", lambda names: [problem] if list(names) else [])
-    value = run_json(
-        "bench", "e2e", "--problems", "tiny", "--passes", "1", "--repeats", "1", "-o", tmp_path / "rows.jsonl"
-    )
-    row = value["rows"][1]
-    assert row["weights"] == "random" and row["job"] == "wan-1.3b-tiny, random weights" and "psnr" not in row
-    assert row["seconds"] == pytest.approx(row["run_seconds"] * problem.steps * problem.passes)
-
-
-def test_every_model_is_a_class_of_diffusers():
-    import diffusers
-
-    assert all(hasattr(diffusers, model.class_name) for model in MODELS.values())
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ from kernel_cases import CASES, naive
 from torch.nn.attention.flex_attention import flex_attention
 
 from fastdit.attention.kernels import block_sparse_attention
-from fastdit.bench.contenders import Contender, Unavailable, contenders, flex_mask, prepare
+from fastdit.bench.contenders import Broken, Contender, Unavailable, contenders, flex_mask, prepare
 from fastdit.bench.measure import Times, interleaved
 from fastdit.bench.problems import PROBLEMS, find_problems
 from fastdit.bench.verify import fault, visible_keys
+from fastdit.mask import BlockMask
 
 KNOWN = {contender.name: contender for contender in contenders()}
 RAGGED = [case for case in CASES if case.rows != "empty"]
@@ -91,7 +92,7 @@ def test_low_precision_has_a_budget_of_its_own():
 
 def test_absent_contenders_say_why():
     q, k, v = (torch.randn(1, 1, 64, 32) for _ in range(3))
-    mask = CASES[0].mask()
+    mask = BlockMask.from_dense(torch.ones(2, 2, dtype=torch.bool), block_q=32, block_k=32, tokens_q=64, tokens_k=64)
     reasons = {}
     for contender in KNOWN.values():
         try:
@@ -106,6 +107,8 @@ def test_absent_contenders_say_why():
 
     with pytest.raises(Unavailable, match=r"RuntimeError: no such$"):
         prepare(Contender("broken", True, broken), q, k, v, mask)
+    with pytest.raises(Broken, match=r"RuntimeError: no such$"):
+        prepare(Contender("ours", True, broken, ours=True), q, k, v, mask)
 
 
 def test_problems():
@@ -115,8 +118,9 @@ def test_problems():
     assert (own.tokens.num_tokens, own.heads, own.head_dim, own.flops) == (2048, 4, 64, 4 * 4 * 2048**2 * 64)
     with pytest.raises(ValueError, match="problems are: demo"):
         find_problems(["wan"])
-    with pytest.raises(ValueError, match="is no size"):
-        find_problems(["8x16/4x64"])
+    for size in ("8x16/4x64", "2x4x4/0x32", "2x4x4/2x0", "0x4x4/2x32"):
+        with pytest.raises(ValueError, match="is no size"):
+            find_problems([size])
 
 
 def test_demo_problem_is_the_demo():
@@ -139,4 +143,3 @@ def test_runs_are_interleaved():
     assert order[:6] == ["a", "b"] * 3
     assert len(times["a"].samples) == len(times["b"].samples) >= 3
     assert Times((1.0, 3.0, 2.0)).seconds == 2
-    assert Times((1.0, 1.0)).spread == 0 < Times((1.0, 2.0, 3.0)).spread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from fastdit.bench.clips import compare_clips, flicker, lpips_distance, strip
 from fastdit.bench.e2e import amdahl
 from fastdit.bench.methods import measure_call, method_jobs
 from fastdit.bench.rows import Store
-from fastdit.bench.settings import default_settings, find_settings
+from fastdit.bench.settings import default_settings, demo_preset, find_settings
 from fastdit.bench.synthetic import KINDS, synthetic
 from fastdit.tokens import TokenSpec, VideoGrid
 
@@ -59,7 +60,7 @@ def test_synthetic_is_seeded():
 
 @pytest.mark.parametrize("setting", default_settings(), ids=lambda setting: setting.name)
 def test_settings_come_near_a_density(setting):
-    method = setting.at(0.4, lambda every: [OTHER])
+    method = setting.of_model(demo_preset()).at(0.4, lambda every: [OTHER])
     row = measure_call(method, SAMPLE)
     # of so few frames radial attention keeps what it has to
     assert 0.3 < row["density"] < (0.6 if setting.method == "radial" else 0.5)
@@ -78,6 +79,24 @@ def test_errors_by_hand():
     assert row["error"] == pytest.approx(float(errors.mean()), rel=1e-3)
 
 
+def test_padded_keys_and_queries_do_not_count():
+    tokens = TokenSpec(VideoGrid(3, 4, 4), 64)
+    sample = synthetic(tokens, head_dim=32)
+    padding = torch.zeros(1, tokens.num_tokens, dtype=torch.bool)
+    padding[:, -48:] = True
+    padded = replace(sample, call=replace(sample.call, key_padding=padding))
+    whole = get_method("draft", density=1.0)
+    assert measure_call(whole, sample)["error"] < 1e-5 and measure_call(whole, padded)["error"] < 1e-5
+    real = tokens.num_tokens - 48
+    q, k, v = (x[:, :, :real].double() for x in (sample.q, sample.k, sample.v))
+    exact = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    torch.testing.assert_close(padded.dense()[:, :, :real].double(), exact, atol=1e-5, rtol=1e-4)
+    off = padded.dense()
+    off[:, 0] *= 1.5
+    off[:, :, real:] = 7.0  # what padding asks for, nobody reads
+    assert padded.errors(off, padded.dense()) == pytest.approx([0.5] + [0.0] * (len(KINDS) - 1), abs=1e-6)
+
+
 def test_rows_of_methods(tmp_path):
     settings = find_settings(["draft-4x4x4", "sla"], means=True)
     assert [s.name for s in settings] == ["draft-4x4x4", "draft-4x4x4+mean", "sla", "sla+mean"]
@@ -92,6 +111,19 @@ def test_rows_of_methods(tmp_path):
     assert row["source"] == "made up" and row["asked"] == 0.3 and row["x"] == 1
     assert set(row["heads"]) == set(KINDS) and 0 < row["recall"] <= 1
     assert rows["sla+mean"]["error"] < rows["sla"]["error"]
+
+
+def test_fixed_settings_run_once():
+    settings = find_settings(["sla", "sla(density=0.3)", "default"])
+    jobs = method_jobs("made up", lambda: [SAMPLE], lambda: [OTHER], settings, densities=(0.2, 0.4), about={})
+    assert {job.name: job.parts for job in jobs} == {
+        "made up @0.2": ("sla", "default"),
+        "made up @0.4": ("sla", "default"),
+        "made up": ("sla(density=0.3)",),
+    }
+    assert jobs[-1].about["asked"] is None
+    row = jobs[-1].run(jobs[-1].parts, lambda: None).rows["sla(density=0.3)"]
+    assert row["setting"]["fields"]["density"] == 0.3
 
 
 def test_a_method_that_gives_no_numbers_is_found():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit.bench.columns import changes, mean_rows
-from fastdit.bench.contenders import Contender, contenders
+from fastdit.bench.columns import changes, compared, mean_rows
+from fastdit.bench.contenders import Contender, Unavailable, contenders
 from fastdit.bench.jobs import Job, Outcome, run_job
 from fastdit.bench.kernels import kernel_jobs
+from fastdit.bench.measure import Times
 from fastdit.bench.problems import find_problems
-from fastdit.bench.rows import Store, latest, read_rows
+from fastdit.bench.rows import Store, environment, latest, other_run, read_rows
 
 
 def job(calls: list, parts=("a", "b"), **outcome) -> Job:
@@ -44,6 +45,29 @@ def test_wrong_results_have_no_row_and_are_tried_again(tmp_path):
     assert calls[-1] == ["a"]
 
 
+def test_what_was_absent_is_tried_again(tmp_path):
+    store, calls = Store(tmp_path / "rows.jsonl"), []
+    for _ in range(2):
+        run_job(job(calls, rows={"b": {"value": 1.0}}, absent={"a": "not installed"}), store, {})
+    assert calls == [["a", "b"], ["a"]]
+    assert [row["part"] for row in store.read()] == ["a", "b"]  # the same reason is not said twice
+    run_job(job(calls, rows={}, absent={"a": "another reason"}), store, {})
+    run_job(job(calls), store, {})
+    run_job(job(calls), store, {})
+    assert calls[2:] == [["a"], ["a"]]
+    assert ["absent" in row for row in latest(store.read())] == [False, False]
+
+
+def test_rows_of_another_run():
+    run = environment("cpu", 3, torch.bfloat16)
+    assert (run["dtype"], run["seed"]) == ("bfloat16", 3)
+    rows = [{"run": run | {"time": "then", "commit": "older"}}, {"run": {"seed": 3}}, {}]
+    assert other_run(rows, run) is None
+    assert other_run([*rows, {"run": run | {"dtype": "float32"}}], run) == "dtype float32, this run has bfloat16"
+    assert other_run([{"run": run | {"seed": 0}}], run) == "seed 0, this run has 3"
+    assert other_run([{"run": run | {"device": "a GPU"}}], run).startswith("device a GPU")
+
+
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     path = tmp_path / "rows.jsonl"
     store, calls = Store(path), []
@@ -71,7 +95,7 @@ def test_numbers_that_json_lacks(tmp_path):
 
 def kernel_row(seconds: float, spread: float, **more) -> dict:
     row = {"benchmark": "kernels", "job": "j", "part": "p", "seconds": seconds, "seconds_spread": spread}
-    return {**row, "density": 0.2, **more}
+    return {**row, "density": 0.2, "repeats": 5, **more}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +110,21 @@ def kernel_row(seconds: float, spread: float, **more) -> dict:
 def test_changes_beyond_noise(old, new, better):
     found = changes([kernel_row(*old)], [kernel_row(*new)])
     assert [each["better"] for each in found if each["column"] == "ms"] == ([] if better is None else [better])
+
+
+def test_few_repeats_have_no_verdict():
+    once = kernel_row(1.0, 0.0, repeats=1)
+    assert changes([once], [kernel_row(2.0, 0.01)]) == [] == changes([kernel_row(2.0, 0.01)], [once])
+    assert changes([once | {"repeats": 2}], [kernel_row(2.0, 0.01)]) == []
+    assert changes([once | {"seconds_spread": None}], [once | {"seconds": 3.0}]) == []
+    assert Times((1.0,)).spread is None is Times((1.0, 2.0)).spread
+    assert Times((1.0, 1.0, 1.0)).spread == 0 < (Times((1.0, 2.0, 3.0)).spread or 0)
+
+
+def test_rows_that_are_compared():
+    old = [kernel_row(1.0, 0.01), kernel_row(1.0, 0.01, part="gone")]
+    new = [kernel_row(3.0, 0.01), kernel_row(1.0, 0.01, part="new")]
+    assert compared(old, new) == [(old[0], new[0])]
 
 
 def test_changes_of_what_has_no_noise():
@@ -138,6 +177,31 @@ def test_a_wrong_kernel_gets_no_row(tmp_path):
     assert ours["ideal"] == pytest.approx(ours["speedup"] * 0.5)
     assert ours["tflops"] == pytest.approx(0.5 * 4 * 2 * 128**2 * 32 / ours["seconds"] / 1e12)
     assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["problem"]["tokens"] == 128
+
+
+def test_a_kernel_of_ours_that_fails_is_a_fault(tmp_path):
+    class CompilationError(Exception):  # Triton's is no RuntimeError
+        pass
+
+    def fails(q, k, v, mask):
+        def run():
+            raise CompilationError("at 3:4\nmore")
+
+        return run
+
+    def refuses(q, k, v, mask):
+        raise Unavailable("no such device")
+
+    known = [
+        Contender("ours", True, fails, ours=True),
+        Contender("refuses", True, refuses, ours=True),
+        Contender("foreign", True, fails),
+    ]
+    problems, how = find_problems(["2x8x8/2x32"]), {"blocks": (16, 32), "dtype": torch.float32, "device": "cpu"}
+    (only,) = kernel_jobs(problems, known, densities=(0.5,), repeats=1, **how)
+    outcome = only.run(only.parts, lambda: None)
+    assert outcome.faults == {"ours@0.5": "CompilationError: at 3:4"} and not outcome.rows
+    assert outcome.absent == {"refuses@0.5": "no such device", "foreign@0.5": "CompilationError: at 3:4"}
 
 
 def test_latest():

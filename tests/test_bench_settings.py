@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastdit import Schedule
+import fastdit
+from fastdit import Schedule, pattern
 from fastdit.attention import MethodState, get_method
 from fastdit.attention.table import Table
-from fastdit.bench.adjust import MODES, at_density
+from fastdit.bench.adjust import MODES, at_density, radial_fields
 from fastdit.bench.capture import some_layers
 from fastdit.bench.methods import measure_call
-from fastdit.bench.settings import SEARCH, default_settings, find_settings, settings_by_part
+from fastdit.bench.problems import PROBLEMS, find_problems
+from fastdit.bench.random_models import problem_preset
+from fastdit.bench.settings import SEARCH, default_settings, demo_preset, find_settings, preset_of, settings_by_part
 from fastdit.bench.synthetic import synthetic
 from fastdit.bench.winners import winners
-from fastdit.demo import WEIGHTS
-from fastdit.pipelines.presets import find_preset
+from fastdit.demo.models import build_pipeline
 from fastdit.tokens import TokenSpec, VideoGrid
 
 TOKENS = TokenSpec(VideoGrid(4, 8, 12))
 SAMPLE = synthetic(TOKENS, head_dim=32)
+
+
+def never(every: bool):
+    raise AssertionError("there is nothing to match")
 
 
 def find(text: str):
@@ -32,14 +37,29 @@ def find(text: str):
     return setting
 
 
-def test_default_is_what_the_demo_gets():
-    config = json.loads((WEIGHTS / "transformer" / "config.json").read_text())
-    family: Any = SimpleNamespace(name="wan")
-    demo: Any = SimpleNamespace(config=SimpleNamespace(**config))
-    preset = find_preset(family, demo)
+def test_default_is_what_a_pipeline_gets():
+    pipe = build_pipeline()
+    shipped = fastdit.enable_sparse_attention(pipe)
     setting = find("default")
-    assert setting.method == preset.method
-    assert setting.fields == {name: value for name, value in preset.fields.items() if name != "density"}
+    assert setting.at(0.2, never) is None
+    assert setting.enable(pipe, None, None).method == shipped.method != setting.enable(pipe, None, 0.2).method
+    asked = setting.enable(pipe, None, 0.2)
+    users = fastdit.enable_sparse_attention(pipe, density=0.2)
+    assert (asked.method, asked.schedule) == (users.method, users.schedule) and asked.method.density == 0.2
+    assert setting.describe(asked.method, asked.schedule)["method"] == "profiled"
+    changed = find("default(warmup_steps=3, density=0.4)").enable(pipe, None, None)
+    assert changed.schedule == replace(users.schedule, warmup_steps=3) and changed.method.density == 0.4
+    assert preset_of(pipe) == demo_preset()
+
+
+def test_default_on_single_calls():
+    assert find("sla").of_model(demo_preset()) == find("sla")
+    fourteen = problem_preset(PROBLEMS["wan-14b-720p"])
+    assert (fourteen.method, fourteen.fields["density"]) == ("draft", 0.25)
+    found = find("default(refresh_steps=4, block_size=32)").of_model(demo_preset())
+    assert found.method == "profiled" and found.fields == {"compensate": "mean", "block_size": 32}
+    assert found.schedule == replace(demo_preset().schedule, refresh_steps=4)
+    assert problem_preset(find_problems(["2x4x4/1x32"])[0]) == demo_preset()
 
 
 def test_settings_are_read():
@@ -63,6 +83,11 @@ def test_settings_are_read():
         ("draft(refresh_steps=0)", ValueError, "refresh_steps must be at least 1"),
         ("draft(0.2)", ValueError, "cannot read 'draft"),
         ("nowhere.json", ValueError, "nowhere.json"),
+        ("default(samples=0)", ValueError, "samples must be"),
+        ("default(density=2)", ValueError, "density must be in"),
+        ("default(decay=0.2)", TypeError, "decay"),
+        ("a/dense.json", ValueError, "a/dense.json has the name of the setting 'dense'"),
+        ("sla@0.2.json", ValueError, "rename it"),
     ],
 )
 def test_bad_settings(text, error, message):
@@ -74,11 +99,8 @@ def test_settings_that_say_their_density_run_once():
     listed = find_settings(["sla", "sla(density=0.3)", "radial(decay=0.5)", "default"])
     parts = settings_by_part(listed, (0.1, 0.2))
     turned = {"sla@0.1": 0.1, "default@0.1": 0.1, "sla@0.2": 0.2, "default@0.2": 0.2}
-    fixed = {"sla(density=0.3)": None, "radial(decay=0.5)": None}
+    fixed = {"sla(density=0.3)": None, "radial(decay=0.5)": None, "default": None}
     assert {name: density for name, (_, density) in parts.items()} == turned | fixed
-
-    def never(every: bool):
-        raise AssertionError("there is nothing to match")
 
     assert listed[1].at(None, never) == get_method("sla", density=0.3)
     assert find("dense").at(0.2, lambda every: [SAMPLE]) == "dense has no density to set"
@@ -93,6 +115,39 @@ def test_sparse_vdit_gives_each_head_its_best_pattern():
     errors = [measure_call(mode, SAMPLE)["heads"] for mode in table.methods]
     best = [min(column) for column in zip(*errors, strict=True)]
     assert measure_call(table, layers[0])["heads"] == pytest.approx(best, rel=1e-5)
+
+
+def test_sparse_vdit_takes_its_density_from_a_field():
+    setting = find("sparse-vdit(density=0.3)")
+    assert setting.is_fixed and setting.is_calibrated
+    asked = []
+    table = setting.at(None, lambda every: asked.append(every) or [SAMPLE])
+    assert isinstance(table, Table) and asked == [True]
+    assert 0.25 < measure_call(table, SAMPLE)["density"] < 0.35
+
+
+def test_radial_is_matched_with_the_fields_that_are_given():
+    for given in ({"block_size": 128}, {"block_size": 16, "order": "tile", "tile": (1, 4, 4)}):
+        method = at_density("radial", given, 0.7, [SAMPLE])
+        assert given.items() <= vars(method).items()
+        grid = SAMPLE.call.tokens.grid.shape
+        fields = radial_fields(grid, 0.7, tuple(given.items()))
+        near = abs(pattern("radial", grid=grid, **fields).density - 0.7)
+        other = radial_fields(grid, 0.7, (("order", given.get("order", "raster")),))
+        assert near <= abs(pattern("radial", grid=grid, **{**other, **given}).density - 0.7)
+        assert measure_call(method, SAMPLE)["density"] == pytest.approx(pattern("radial", grid=grid, **fields).density)
+
+
+def test_names_that_are_taken(tmp_path):
+    with pytest.raises(ValueError, match="'sla' is named twice"):
+        find_settings(["sla", "draft", "sla"])
+    shipped = next((Path(fastdit.__file__).parent / "search" / "plans").glob("*.json"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(shipped.read_text())
+    assert find(str(tmp_path / "a" / "plan.json")).name == "plan"
+    with pytest.raises(ValueError, match="'plan' is named twice"):
+        find_settings([str(tmp_path / name / "plan.json") for name in ("a", "b")])
 
 
 def test_paro_is_calibrated_for_parts_of_a_run():
@@ -122,8 +177,8 @@ def test_a_pattern_of_a_table_is_measured():
 
 
 def method_row(name: str, error: float, density: float = 0.2, asked: float | None = 0.2) -> dict[str, Any]:
-    about = {"benchmark": "methods", "source": "made up", "asked": asked, "setting": {"name": name}}
-    return about | {"error": error, "density": density}
+    about = {"benchmark": "methods", "source": "made up", "part": name, "asked": asked, "setting": {"name": name}}
+    return about | {"job": f"made up @{asked}", "error": error, "density": density}
 
 
 def test_winners():
@@ -140,10 +195,42 @@ def test_winners():
     (sentence,) = winners([method_row("paro", 0.2), method_row("default", 0.3, 0.17)])  # blocks are coarse
     assert "nearest to dense is paro" in sentence
     assert winners(rows[:1]) == [] == winners([method_row("plan", 0.1, asked=None), method_row("sla", 0.2, asked=None)])
-    clips = [
-        {"benchmark": "quality", "model": "demo", "asked": 0.2, "setting": {"name": name}}
-        | {"density": density, "overall_density": 0.44, "psnr": psnr}
-        for name, density, psnr in (("adaspa", 0.3, 29.0), ("default", 0.2, 29.5), ("dense", 0.2, "inf"))
-    ]
-    assert winners(clips) == ["demo, density 0.2: nearest to dense is default (29.5 dB), then adaspa (29.0 dB)."]
     assert winners([{"benchmark": "kernels"}]) == [] == winners([])
+
+
+def test_what_says_its_density_is_in_each_contest():
+    rows = [
+        method_row(name, error, asked, asked)
+        for asked in (0.2, 0.4)
+        for name, error in (("default", 0.3), ("sla", 0.4))
+    ]
+    rows.append(method_row("plan", 0.1, 0.3, None))
+    first, second = winners(rows)
+    assert "density 0.2: nearest to dense is default (relative L2 0.300), then sla" in first  # the plan computed more
+    assert "density 0.4: nearest to dense is plan (relative L2 0.100); default" in second
+
+
+def clip_row(
+    part: str, prompt: str, psnr: float | str, density: float = 0.2, asked: float | None = 0.2
+) -> dict[str, Any]:
+    about = {"benchmark": "quality", "model": "demo", "part": part, "prompt": prompt, "clip_seed": 0, "asked": asked}
+    about |= {"job": f"demo | {prompt} | 0", "setting": {"name": part.partition("@")[0]}}
+    return about | {"density": density, "overall_density": 0.44, "psnr": psnr, "flicker": 1.0, "dense_flicker": 1.0}
+
+
+def test_winners_of_videos():
+    rows = [
+        clip_row("adaspa@0.2", "a", 29.0, 0.3),
+        clip_row("default@0.2", "a", 29.5),
+        clip_row("dense@0.2", "a", "inf"),
+    ]
+    (sentence,) = winners(rows)
+    assert sentence == "demo, density 0.2: nearest to dense is default@0.2 (29.5 dB), then adaspa@0.2 (29.0 dB)."
+    # a break has left one of them without the harder of two clips
+    rows = [clip_row("sla@0.2", "a", 30.0), clip_row("default@0.2", "a", 31.0), clip_row("default@0.2", "b", 20.0)]
+    (sentence,) = winners(rows)
+    assert sentence == (
+        "demo, density 0.2 (1 of 2 clips): nearest to dense is default@0.2 (31.0 dB), then sla@0.2 (30.0 dB)."
+    )
+    (sentence,) = winners([*rows, clip_row("sla@0.2", "b", 22.0), clip_row("default", "c", 99.0, asked=None)][:4])
+    assert "nearest to dense is sla@0.2" in sentence and "clips" not in sentence

@@ -10,13 +10,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..attention import AttentionMethod, MethodState, get_method, method_class
 from ..attention.paro_calibration import calibrate
 from ..attention.table import Table
 from ..functional import pattern
-from ..metrics import relative_l2
 from ..schedule import step_bucket
 from ..search.candidates import SPARSE_VDIT as MODES
 from .synthetic import Sample
@@ -75,8 +73,8 @@ def _turned(method: str, given: dict[str, Any], density: float, sample: Sample) 
 
 
 def _radial(given: dict[str, Any], density: float, samples: Sequence[Sample]) -> AttentionMethod:
-    found = radial_fields(samples[0].call.tokens.grid.shape, density, given.get("order", "raster"))
-    return get_method("radial", **{**found, **given})
+    found = radial_fields(samples[0].call.tokens.grid.shape, density, tuple(sorted(given.items())))
+    return get_method("radial", **found)
 
 
 def _paro(given: dict[str, Any], density: float, samples: Sequence[Sample]) -> AttentionMethod:
@@ -93,12 +91,9 @@ def _sparse_vdit(given: dict[str, Any], density: float, samples: Sequence[Sample
     errors: dict[int, torch.Tensor] = {}
     for sample in samples:
         q, k, v, call = sample.q, sample.k, sample.v, sample.call
-        dense = F.scaled_dot_product_attention(q, k, v, scale=call.scale)
-        found = [
-            [float(relative_l2(out[:, head], dense[:, head])) ** 2 for head in range(q.shape[1])]
-            for out in (mode.forward(q, k, v, call, MethodState()) for mode in modes)
-        ]
-        errors[call.layer] = errors.get(call.layer, torch.zeros(())) + torch.tensor(found)
+        dense = sample.dense()
+        found = [sample.errors(mode.forward(q, k, v, call, MethodState()), dense) for mode in modes]
+        errors[call.layer] = errors.get(call.layer, torch.zeros(())) + torch.tensor(found).square()
     choices = tuple(tuple(errors[layer].argmin(0).tolist()) for layer in sorted(errors))
     return Table(edges=(1.0,), methods=modes, choices=(choices,))
 
@@ -113,18 +108,21 @@ CALIBRATED = ("paro", SPARSE_VDIT)
 
 
 @cache
-def radial_fields(grid: tuple[int, int, int], density: float, order: str) -> dict[str, Any]:
+def radial_fields(
+    grid: tuple[int, int, int], density: float, given: tuple[tuple[str, Any], ...] = ()
+) -> dict[str, Any]:
     """Find the fields with which radial attention comes nearest to a density.
 
     Args:
         grid: ``(frames, height, width)`` in tokens.
         density: Wanted fraction, in (0, 1].
-        order: Token order; tiles lie in one frame, as bands are between frames.
+        given: Names and values of fields that are not turned; tiles lie in one frame, as bands are between frames.
     """
     best: tuple[float, dict[str, Any]] = (math.inf, {})
     for sink, min_band, decay in itertools.product((True, False), (1, 128, 512, 1024, 2048), (0.05, 0.2, 0.5, 1.0)):
-        found = {"decay": decay, "min_band": min_band, "sink": sink, "block_size": 64, "order": order}
-        found |= {"tile": (1, 8, 8)} if order == "tile" else {}
+        found: dict[str, Any] = {"decay": decay, "min_band": min_band, "sink": sink, "block_size": 64}
+        found |= {"tile": (1, 8, 8)} if ("order", "tile") in given else {}
+        found |= dict(given)
         off = abs(pattern("radial", grid=grid, **found).density - density)
         if off < best[0] - 1e-3:  # of two that are about as near, the one with a sink
             best = (off, found)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..metrics import mean_psnr
+from .measure import FEWEST
 from .rows import Row, key, latest
 
 SIGMAS = 3.0
@@ -74,13 +76,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("lpips", "LPIPS", "{:.3f}", -1),
         Column("flicker_ratio", "flicker / dense", "{:.2f}"),
         Column("accuracy", "prompt", "{:.2f}", 1),
+        Column("dense_accuracy", "prompt, dense", "{:.2f}"),
         Column("clips", "clips", "{:.0f}"),
     ),
     "e2e": (
         DENSITY,
         Column("seconds", "s / video", "{:.1f}", -1, "seconds_spread"),
         Column("step_seconds", "s / step", "{:.3f}"),
-        Column("cold_seconds", "first run, s", "{:.1f}"),
         Column("speedup", "x dense", "{:.2f}"),
         Column("attention_speedup", "attention x", "{:.2f}"),
         Column("attention_share", "share", "{:.0%}"),
@@ -112,21 +114,34 @@ def mean_rows(rows: Sequence[Row]) -> list[Row]:
             groups.setdefault((row["model"], row["part"]), []).append(row)
     for group in groups.values():
         row = dict(group[0])
-        for name in ("density", "overall_density", "ssim", "lpips", "accuracy", "dense_accuracy", "speedup"):
+        for name in ("density", "overall_density", "ssim", "lpips", "accuracy", "dense_accuracy"):
             values = [each[name] for each in group if each.get(name) is not None]
             row[name] = sum(values) / len(values) if values else None
-        row["psnr"] = _mean_psnr([each["psnr"] for each in group])
+        psnr = mean_psnr(float(each["psnr"]) for each in group)
+        row["psnr"] = psnr if math.isfinite(psnr) else "inf"
         steady = sum(each["dense_flicker"] for each in group)
         row["flicker_ratio"] = sum(each["flicker"] for each in group) / steady if steady else None
         out.append(row | {"clips": len(group)})
     return out
 
 
+def compared(old: Sequence[Row], new: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Return the rows that two runs have both, each as it was and as it is.
+
+    Args:
+        old: Rows of the earlier run.
+        new: Rows of the later one.
+    """
+    before = {key(row): row for row in latest(old)}
+    return [(before[key(row)], row) for row in latest(new) if key(row) in before]
+
+
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
     """List what differs between two runs beyond noise.
 
-    Times differ if they are apart by three standard errors of both together and by 2 %; everything else is
-    computed the same way from the same seed, and differs if it is not equal to three digits.
+    Times differ if they are apart by three standard errors of both together and by 2 %; of fewer than three repeats
+    nobody can say. Everything else is computed the same way from the same seed, and differs if it is not equal to
+    three digits.
 
     Args:
         old: Rows of the earlier run.
@@ -136,12 +151,8 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
         ``benchmark``, ``job``, ``part``, ``column``, ``old``, ``new``, and ``better``: True, False, or ``None`` where
         nobody can say. Rows that only one of the two has are left out.
     """
-    before = {key(row): row for row in latest(old)}
     found = []
-    for row in latest(new):
-        earlier = before.get(key(row))
-        if earlier is None:
-            continue
+    for earlier, row in compared(old, new):
         if ("absent" in row) != ("absent" in earlier):
             found.append(_change(row, "runs here", "absent" not in earlier, "absent" not in row, "absent" not in row))
         for column in COLUMNS[row["benchmark"]]:
@@ -165,10 +176,7 @@ def _noise(column: Column, old: Row, new: Row) -> float:
     a = abs(old[column.name])
     if column.noise is None:
         return 2e-3 * max(a, 1e-9)
+    if min(row.get("repeats") or 0 for row in (old, new)) < FEWEST:
+        return math.inf
     spread = math.hypot(old.get(column.noise) or 0.0, new.get(column.noise) or 0.0)
     return max(SIGMAS * spread, SAME * a)
-
-
-def _mean_psnr(values: Sequence[float | str]) -> float | str:
-    error = sum(0.0 if value == "inf" else 10 ** (-float(value) / 10) for value in values) / len(values)
-    return "inf" if error == 0 else -10 * math.log10(error)

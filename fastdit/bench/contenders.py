@@ -31,6 +31,10 @@ class Unavailable(Exception):
     """Say why something cannot run here; the text is shown."""
 
 
+class Broken(Exception):
+    """Say how a kernel of ours failed that had not refused; the text is shown."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """Name one implementation of attention.
@@ -41,6 +45,7 @@ class Contender:
         prepare: Makes its run.
         package: Distribution that it comes from, for its version; ``None`` if that is torch or fastdit.
         exact: Whether its products are of the precision of the inputs.
+        ours: Whether it is fastdit's own, which has to run where it does not refuse to.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Contender:
     prepare: Prepare
     package: str | None = None
     exact: bool = True
+    ours: bool = False
 
     @property
     def version(self) -> str | None:
@@ -81,9 +87,9 @@ def contenders() -> list[Contender]:
         Contender("sparge", True, _sparge, "spas-sage-attn", exact=False),
     )
     kernels = [name for name in list_kernels() if name != "reference"]
-    ours = [Contender(f"fastdit-{name}", True, partial(_ours, name, None)) for name in kernels]
+    ours = [Contender(f"fastdit-{name}", True, partial(_ours, name, None), ours=True) for name in kernels]
     low = [
-        Contender(f"fastdit-{name}-{precision}", True, partial(_ours, name, precision), exact=False)
+        Contender(f"fastdit-{name}-{precision}", True, partial(_ours, name, precision), exact=False, ours=True)
         for name in kernels
         for precision in list_precisions()
     ]
@@ -105,29 +111,39 @@ def prepare(contender: Contender, q: Tensor, k: Tensor, v: Tensor, mask: BlockMa
 
     Raises:
         Unavailable: It is not installed, or refuses this call.
+        Broken: It is ours, and neither refused nor ran.
     """
     try:
         run = contender.prepare(q, k, v, mask)
         return run, run()
     except Unavailable:
         raise
-    except ImportError as error:
-        raise Unavailable(f"not installed: {_line(error)}") from error
     except Exception as error:
-        # whatever a foreign kernel raises for a device, dtype or size that it was not built for
-        raise Unavailable(f"{type(error).__name__}: {_line(error)}") from error
+        if contender.ours:
+            raise Broken(failure(error)) from error
+        raise Unavailable(_foreign(error)) from error
 
 
-def _line(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """Say in a line what was raised.
+
+    Args:
+        error: It.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no reason given"
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}"
+
+
+def _foreign(error: Exception) -> str:
+    # whatever a foreign kernel raises for a device, dtype or size that it was not built for
+    return f"not installed: {str(error).splitlines()[0]}" if isinstance(error, ImportError) else failure(error)
 
 
 def _ours(kernel: str, precision: str | None, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     try:
         choose_kernel(q, k, v, mask, kernel, precision=precision)
     except RuntimeError as error:
-        raise Unavailable(_line(error)) from error
+        raise Unavailable(str(error)) from error
     return lambda: block_sparse_attention(q, k, v, mask, kernel=kernel, precision=precision)[0]
 
 

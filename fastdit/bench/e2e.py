@@ -20,18 +20,38 @@ from .synthetic import Sample
 
 DENSE = "dense"
 
+Enable = Callable[[Any], SparseAttention]
+"""Makes the attention of a pipeline sparse, or counts what it does dense."""
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Hold the times of one run in seconds.
+    """Hold how long a video took in seconds, and what its attention computed.
 
     Args:
         seconds: All of it.
-        steps: Each denoising step; empty if nobody knows.
+        attention_seconds: All calls of self-attention.
+        steps: Each denoising step that was timed; empty if nobody knows.
+        density: Mean of the sparse calls, in (0, 1]; ``None`` if there were none.
+        overall_density: Mean of all calls, in (0, 1]; ``None`` if nobody knows.
     """
 
     seconds: float
+    attention_seconds: float
     steps: tuple[float, ...] = ()
+    density: float | None = None
+    overall_density: float | None = None
+
+    @classmethod
+    def of(cls, handle: SparseAttention, seconds: float, steps: tuple[float, ...]) -> Timing:
+        """Return the times of a video that was made from beginning to end.
+
+        Args:
+            handle: What counted its attention.
+            seconds: All of it.
+            steps: Each denoising step; empty if nobody knows.
+        """
+        return cls(seconds, handle.attention_seconds, steps, handle.density, handle.overall_density)
 
 
 @dataclass(frozen=True)
@@ -39,19 +59,17 @@ class Subject:
     """Say what is timed.
 
     Args:
-        target: The pipeline or transformer whose attention is made sparse.
-        run: Makes one video, or runs as many forward passes as can be afforded.
+        target: The pipeline whose attention is made sparse.
+        run: Makes one video with the attention as it is now, or the steps that its times can be computed from.
         samples: Makes the calls that densities are matched on, of every layer or of one in the middle.
         device: Where it runs.
-        video: Seconds of a whole video from the timing of a run.
         about: What rows say of it.
     """
 
     target: Any
-    run: Callable[[], Timing]
+    run: Callable[[SparseAttention], Timing]
     samples: Callable[[bool], Sequence[Sample]]
     device: str
-    video: Callable[[Timing], float] = lambda timing: timing.seconds
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +91,7 @@ def e2e_jobs(
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         about: What rows say of model and size.
-        repeats: Rounds after the first, cold one; at least 1.
+        repeats: Rounds after the warm-up; at least 1.
         seconds: Estimate of one dense run; ``None``: no estimate.
     """
     parts = {DENSE: None, **settings_by_part(settings, densities)}
@@ -90,7 +108,8 @@ def _measure(
     advance: Callable[[], None],
 ) -> Outcome:
     outcome, subject = Outcome(), shared()
-    methods: dict[str, tuple[Any, Schedule | None]] = {DENSE: (DENSE, Schedule())}
+    # dense runs again even where only others are missing: ratios are of one run
+    ways: dict[str, Enable] = {DENSE: partial(enable_sparse_attention, method=DENSE, schedule=Schedule())}
     calibration = cache(subject.samples)
     for part in todo:
         chosen = parts[part]
@@ -99,25 +118,32 @@ def _measure(
             if isinstance(method, str):
                 outcome.absent[part] = method
             else:
-                methods[part] = (method, chosen[0].schedule)
-    runs: dict[str, list[tuple[Timing, float, int | None, SparseAttention]]] = {part: [] for part in methods}
-    for _ in range(1 + repeats):  # in turn, so that what else the machine does falls on all alike; the first is cold
-        for part, (method, how) in methods.items():
-            runs[part].append(_run(subject, method, how))
+                ways[part] = partial(chosen[0].enable, method=method, density=chosen[1])
+    if ways.keys().isdisjoint(todo):
+        return outcome
+    runs: dict[str, list[Timing]] = {part: [] for part in ways}
+    peaks: dict[str, list[int]] = {part: [] for part in ways}
+    handles: dict[str, SparseAttention] = {}
+    for number in range(1 + repeats):  # in turn, so that what else the machine does falls on all alike
+        for part, enable in ways.items():
+            timing, peak, handles[part] = _run(subject, enable)
+            if number:  # the first round is a warm-up
+                runs[part].append(timing)
+            peaks[part] += [] if peak is None else [peak]
             advance()
-    dense = _row(runs[DENSE], subject)
+    dense = _row(runs[DENSE])
     for part, made in runs.items():
-        row = _row(made, subject)
-        attention = row["attention_seconds"]
-        gain = dense["attention_seconds"] / attention if attention else None
-        share = dense["attention_seconds"] / dense["run_seconds"]
+        row = _row(made)
+        gain = dense["attention_seconds"] / row["attention_seconds"] if row["attention_seconds"] else None
+        share = dense["attention_seconds"] / dense["seconds"]
         row |= {
+            "peak_bytes": max(peaks[part], default=None),
             "dense_seconds": dense["seconds"],
-            "speedup": dense["run_seconds"] / row["run_seconds"],
+            "speedup": dense["seconds"] / row["seconds"],
             "attention_share": share,
             "attention_speedup": gain,
             "predicted_speedup": amdahl(share, gain) if gain else None,
-            **({} if parts[part] is None else _named(parts[part], methods[part][0])),
+            **_named(parts[part], handles[part]),
             **subject.about,
         }
         outcome.rows[part] = row
@@ -134,39 +160,34 @@ def amdahl(share: float, gain: float) -> float:
     return 1 / (1 - share + share / gain)
 
 
-def _named(chosen: tuple[Setting, float | None] | None, method: Any) -> Row:
-    assert chosen is not None
-    return {"setting": chosen[0].describe(method), "asked": chosen[1]}
+def _named(chosen: tuple[Setting, float | None] | None, handle: SparseAttention) -> Row:
+    if chosen is None:
+        return {}
+    return {"setting": chosen[0].describe(handle.method, handle.schedule), "asked": chosen[1]}
 
 
-def _run(subject: Subject, method: Any, schedule: Schedule | None) -> tuple[Timing, float, int | None, SparseAttention]:
+def _run(subject: Subject, enable: Enable) -> tuple[Timing, int | None, SparseAttention]:
     cuda = subject.device.startswith("cuda")
-    handle = enable_sparse_attention(subject.target, method, schedule=schedule)
+    handle = enable(subject.target)
     if cuda:
         torch.cuda.reset_peak_memory_stats(subject.device)
     try:
-        timing = subject.run()
+        timing = subject.run(handle)
     finally:
         disable_sparse_attention(subject.target)
-    peak = torch.cuda.max_memory_allocated(subject.device) if cuda else None
-    return timing, handle.attention_seconds, peak, handle
+    return timing, torch.cuda.max_memory_allocated(subject.device) if cuda else None, handle
 
 
-def _row(made: Sequence[tuple[Timing, float, int | None, SparseAttention]], subject: Subject) -> Row:
-    cold, warm = made[0], made[1:] or made
-    times = Times(tuple(timing.seconds for timing, *_ in warm))
-    steps = [step for timing, *_ in warm for step in timing.steps]
-    handle, peaks = made[-1][3], [peak for _, _, peak, _ in made if peak is not None]
-    video = median(subject.video(timing) for timing, *_ in warm)
+def _row(made: Sequence[Timing]) -> Row:
+    times = Times(tuple(timing.seconds for timing in made))
+    steps = [step for timing in made for step in timing.steps]
+    last = made[-1]
     return {
-        "density": handle.density if handle.density is not None else 1.0,
-        "overall_density": handle.overall_density,
-        "seconds": video,
-        "seconds_spread": times.spread * video / times.seconds,
-        "run_seconds": times.seconds,
+        "density": 1.0 if last.density is None else last.density,
+        "overall_density": last.overall_density,
+        "seconds": times.seconds,
+        "seconds_spread": times.spread,
         "step_seconds": median(steps) if steps else None,
-        "cold_seconds": cold[0].seconds,
-        "attention_seconds": median(attention for _, attention, *_ in warm),
-        "peak_bytes": max(peaks) if peaks else None,
-        "repeats": len(warm),
+        "attention_seconds": median(timing.attention_seconds for timing in made),
+        "repeats": len(made),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rows import Row, Store
+from .rows import Row, Store, key, latest
 
 
 @dataclass
@@ -47,12 +47,13 @@ class Job:
     steps: int = 1
 
     def missing(self, rows: Sequence[Row]) -> list[str]:
-        """Return the parts that rows do not have.
+        """Return the parts that rows do not have; what was absent then may be there now.
 
         Args:
             rows: Rows of earlier runs.
         """
-        done = {row["part"] for row in rows if (row["benchmark"], row["job"]) == (self.benchmark, self.name)}
+        mine = [row for row in rows if (row["benchmark"], row["job"]) == (self.benchmark, self.name)]
+        done = {row["part"] for row in mine if "absent" not in row}
         return [part for part in self.parts if part not in done]
 
 
@@ -65,12 +66,14 @@ def run_job(job: Job, store: Store, run: dict[str, Any], advance: Callable[[], N
         run: What rows say of the run.
         advance: Called after each step.
     """
-    todo = job.missing(store.read())
+    known = store.read()
+    todo = job.missing(known)
     if not todo:
         return {}
     outcome = job.run(todo, advance)
     head = {"benchmark": job.benchmark, "job": job.name}
     found = {**outcome.rows, **{part: {"absent": reason} for part, reason in outcome.absent.items()}}
     rows = [{**head, "part": p, **job.about, **found[p], "run": run} for p in job.parts if p in todo and p in found]
-    store.add(rows)
+    said = {(*key(row), row["absent"]) for row in latest(known) if "absent" in row}
+    store.add([row for row in rows if "absent" not in row or (*key(row), row["absent"]) not in said])
     return {f"{job.name}, {part}": fault for part, fault in outcome.faults.items() if part in todo}

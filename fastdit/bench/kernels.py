@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..mask import BlockMask
-from .contenders import Contender, Run, Unavailable, prepare
+from .contenders import Broken, Contender, Run, Unavailable, prepare
 from .jobs import Job, Outcome
 from .measure import extra_memory, interleaved
 from .problems import Problem
@@ -115,6 +115,8 @@ def _measure(
                 runs[part] = made
                 memory[part] = extra_memory(made, device)
         advance()
+    if runs.keys().isdisjoint(todo):
+        return outcome
     times = interleaved(runs, device, repeats=repeats, advance=advance)
     dense = {part: times[part].seconds for part in times if not parts[part][0].sparse}
     best = min(dense, key=dense.__getitem__, default=None)
@@ -145,6 +147,9 @@ def _checked(
         run, out = prepare(contender, q, k, v, mask)
     except Unavailable as error:
         outcome.absent[part] = str(error)
+        return None
+    except Broken as error:
+        outcome.faults[part] = str(error)
         return None
     wrong = fault(out, q, k, v, mask if contender.sparse else None, exact=contender.exact, seed=seed)
     if wrong is not None:

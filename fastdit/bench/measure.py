@@ -17,6 +17,9 @@ FLUSHED = 256 << 20
 SECONDS = 0.4
 """How long a short run is repeated at least, in all."""
 
+FEWEST = 3
+"""Repeats from which on there is a spread."""
+
 MOST = 100
 """Repeats at most."""
 
@@ -37,8 +40,10 @@ class Times:
         return median(self.samples)
 
     @property
-    def spread(self) -> float:
-        """Return the standard error of the median in seconds, from the middle half of the repeats; at least 0."""
+    def spread(self) -> float | None:
+        """Return the standard error of the median in seconds, from the middle half of three repeats or more."""
+        if len(self.samples) < FEWEST:
+            return None
         ordered = sorted(self.samples)
         low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.25, 0.75))
         # of normal noise, the middle half is 1.35 deviations wide, and a median errs 1.25 times as much as a mean

@@ -8,15 +8,14 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import AttentionMethod, MethodState
-from ..metrics import relative_l2
+from ..pipelines.presets import Preset
 from ..search.scoring import head_density, known_pattern, sampled_recall
 from .jobs import Job, Outcome
 from .rows import Row
-from .settings import Setting
+from .settings import Setting, demo_preset
 from .synthetic import Sample
 
 Samples = Callable[[], Sequence[Sample]]
@@ -31,9 +30,10 @@ def method_jobs(
     *,
     densities: Sequence[float],
     about: dict[str, Any],
+    preset: Callable[[], Preset] = demo_preset,
     seconds: float | None = None,
 ) -> list[Job]:
-    """Make a job for each density: every setting on every call of a source.
+    """Make a job for each density, and one for settings that say it themselves: each on every call of a source.
 
     Args:
         source: What the calls are, in a word or two.
@@ -42,37 +42,44 @@ def method_jobs(
         settings: The settings.
         densities: Fractions of the pairs, each in (0, 1].
         about: What rows say of the source.
+        preset: Finds what the default is on calls of this source.
         seconds: Estimate of one setting at density 1; ``None``: no estimate.
     """
     shared = cache(lambda: (measured(), calibration()))
-    parts = {setting.name: setting for setting in settings}
-    return [
-        Job(
+    found = cache(preset)
+
+    def job(chosen: Sequence[Setting], density: float | None) -> Job:
+        parts = {setting.name: setting for setting in chosen}
+        return Job(
             "methods",
-            f"{source} @{density:g}",
+            source if density is None else f"{source} @{density:g}",
             tuple(parts),
-            partial(_measure, shared, parts, density),
-            None if seconds is None else seconds * len(parts) * (1 + density),
+            partial(_measure, shared, found, parts, density),
+            None if seconds is None else seconds * len(parts) * (1 + (density or 0.0)),
             {"source": source, "asked": density, **about},
             len(parts),
         )
-        for density in densities
-    ]
+
+    fixed = [setting for setting in settings if setting.is_fixed]
+    turned = [setting for setting in settings if not setting.is_fixed]
+    jobs = [job(turned, density) for density in densities] if turned else []
+    return [*jobs, job(fixed, None)] if fixed else jobs
 
 
 @torch.no_grad()
 def _measure(
     shared: Callable[[], tuple[Sequence[Sample], Sequence[Sample]]],
+    preset: Callable[[], Preset],
     parts: dict[str, Setting],
-    density: float,
+    density: float | None,
     todo: Collection[str],
     advance: Callable[[], None],
 ) -> Outcome:
     outcome = Outcome()
     measured, calibration = shared()
     for part in todo:
-        setting = parts[part]
-        method = setting.at(None if setting.is_fixed else density, lambda _: calibration)
+        setting = parts[part].of_model(preset())
+        method = setting.at(density, lambda _: calibration)
         if not isinstance(method, AttentionMethod):
             outcome.absent[part] = method if isinstance(method, str) else "a plan is for a whole model"
             continue
@@ -81,7 +88,7 @@ def _measure(
         if wrong:
             outcome.faults[part] = wrong[0]
         else:
-            outcome.rows[part] = {"setting": setting.describe(method), **_mean(found, measured)}
+            outcome.rows[part] = {"setting": setting.describe(method, setting.schedule), **_mean(found, measured)}
         advance()
     return outcome
 
@@ -101,7 +108,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     """
     q, k, v, call = sample.q, sample.k, sample.v, sample.call
     state = MethodState()
-    dense = F.scaled_dot_product_attention(q, k, v, scale=call.scale)
+    dense = sample.dense()
 
     def run() -> tuple[Tensor, float, dict[str, float]]:
         spent = {"choice": 0.0, "order": 0.0}
@@ -127,7 +134,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     if out.shape != q.shape or not torch.isfinite(out).all():
         return {"fault": f"{sample.name}: the output has values that are no numbers, or the wrong shape"}
     pattern = known_pattern(method, q, k, call, state)
-    heads = [float(relative_l2(out[:, h], dense[:, h])) for h in range(q.shape[1])]
+    heads = sample.errors(out, dense)
     return {
         "density": float(head_density(pattern, call, state, q.shape[1]).mean()),
         "recall": None if pattern is None else float(sampled_recall(q, k, pattern, call).mean()),

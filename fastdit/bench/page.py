@@ -11,7 +11,8 @@ from typing import Any
 from .columns import COLUMNS, TITLES, mean_rows
 from .pictures import kernel_pictures, method_pictures, quality_pictures
 from .rows import Row, absent, latest
-from .winners import DEFAULT, ranked, winners
+from .settings import DEFAULT
+from .winners import ranked, winners
 
 PICTURES = {"kernels": kernel_pictures, "methods": method_pictures, "quality": quality_pictures}
 CLIPS = 12
@@ -29,11 +30,12 @@ NOTES = {
     ),
     "quality": (
         "Each video beside the dense one of the same prompt and seed. density: of the sparse calls; all steps: with "
-        "the dense first steps. flicker / dense: change from frame to frame over that of the dense videos."
+        "the dense first steps. flicker / dense: change from frame to frame over that of the dense videos. default: as "
+        "it is without a density; default@...: at that one."
     ),
     "e2e": (
         "Dense and sparse in turn, medians. Amdahl says: what the share of attention and its own speed-up predict. "
-        "Videos of random weights show nothing, so they have no quality."
+        "Of random weights one step of each kind is run, and the times of a video are added up; there is no quality."
     ),
 }
 
@@ -46,7 +48,8 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     found = []
     for benchmark, columns in COLUMNS.items():
-        mine = mean_rows([row for row in latest(rows) if row["benchmark"] == benchmark and "absent" not in row])
+        each = [row for row in latest(rows) if row["benchmark"] == benchmark and "absent" not in row]
+        mine = mean_rows(each)
         if not mine:
             continue
         used = [column for column in columns if any(row.get(column.name) is not None for row in mine)]
@@ -67,7 +70,7 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "benchmark": benchmark,
                 "title": TITLES[benchmark],
                 "note": NOTES[benchmark],
-                "winners": winners(mine),
+                "winners": winners(each),
                 "groups": groups,
                 "rows": mine,
             }

@@ -132,18 +132,18 @@ def method_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
         mine = [row for row in rows if row["source"] == source]
         series = _group(mine, lambda row: row["part"], "density", "error")
         found.append((source, curves(series, x="density", y="relative L2 error", smaller_is_better=True)))
-        asked = [row["asked"] for row in mine]
-        typical = min(set(asked), key=lambda density: abs(density - 0.2))
-        some = [row for row in mine if row["asked"] == typical]
+        asked = {row["asked"] for row in mine if row["asked"] is not None}
+        typical = min(asked, key=lambda density: abs(density - 0.2), default=None)
+        some = [row for row in mine if row["asked"] in (typical, None)]
         kinds = list(some[0]["heads"])
         values = [[row["heads"].get(kind) for kind in kinds] for row in some]
-        title = f"{source}: error of each head, density {typical:g} asked for"
+        title = f"{source}: error of each head" + ("" if typical is None else f", density {typical:g} asked for")
         found.append((title, heat_map([row["part"] for row in some], kinds, values, "relative L2")))
     return found
 
 
 def quality_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Draw PSNR over density and over speed: titles and pictures.
+    """Draw PSNR over density: titles and pictures.
 
     Args:
         rows: Rows of ``quality``, averaged over clips.
@@ -153,14 +153,10 @@ def quality_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
         mine = [row for row in rows if row["model"] == model and isinstance(row["psnr"], float)]
         # schedules differ between methods, and so does what their first, dense calls count for
         over_density = _group(mine, lambda row: row["setting"]["name"], "overall_density", "psnr")
-        over_time = _group(mine, lambda row: row["setting"]["name"], "speedup", "psnr")
         if over_density:
             found.append(
                 (f"{model}: quality over density", curves(over_density, x="density, all steps", y="PSNR to dense, dB"))
             )
-        if over_time:
-            title = f"{model}: quality over time"
-            found.append((title, curves(over_time, x="dense time / time", y="PSNR to dense, dB")))
     return found
 
 

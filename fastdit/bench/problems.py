@@ -108,7 +108,11 @@ def _find(name: str) -> Problem:
         if slash:
             frames, height, width = (int(n) for n in grid.split("x"))
             count, dim = (int(n) for n in heads.split("x"))
+            if min(count, dim) < 1:
+                raise ValueError(f"there must be at least one head of one channel, got {heads}")
             return Problem(name, 1, count, dim, TokenSpec(VideoGrid(frames, height, width)))
     except ValueError as error:
-        raise ValueError(f"{name!r} is no size: write FRAMESxHEIGHTxWIDTH/HEADSxDIM, as in 8x16x16/4x64") from error
+        raise ValueError(
+            f"{name!r} is no size, {error}; write FRAMESxHEIGHTxWIDTH/HEADSxDIM, as in 8x16x16/4x64"
+        ) from error
     raise ValueError(f"unknown problem {name!r}; problems are: {', '.join(PROBLEMS)}, or a size as 8x16x16/4x64")

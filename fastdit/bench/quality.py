@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -37,28 +35,30 @@ class Studio:
         pipeline: The pipeline.
         make: Makes the video of a prompt and a seed: ``(F, H, W, 3)`` in [0, 1].
         steps: Denoising steps.
-        calibration: A prompt that is not compared.
+        calibration: What calls are kept of: a prompt and a seed that are not compared together.
         folder: Where videos go; ``None`` keeps none.
         write: Writes frames to a file of videos.
+        pair: Puts two videos next to each other.
         judge: Scores a video of a prompt beyond its likeness to dense, as the demo can; ``None`` if nobody can.
     """
 
     pipeline: Any
     make: Callable[[str, int], np.ndarray]
     steps: int
-    calibration: str
+    calibration: tuple[str, int]
     folder: Path | None = None
     write: Callable[[np.ndarray, Path], None] = lambda frames, path: None
+    pair: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda dense, clip: np.concatenate([dense, clip], axis=2)
     judge: Callable[[np.ndarray, str], float] | None = None
 
     def samples(self, every_layer: bool) -> list[Sample]:
-        """Keep calls of the calibration prompt, at a step in each half of the run.
+        """Keep calls of a video that is not compared, at a step in each half of the run.
 
         Args:
             every_layer: Whether those of all layers are kept, or of one in the middle.
         """
         layers = None if every_layer else (middle_layer(self.pipeline.transformer),)
-        return capture(self.pipeline, lambda: self.make(self.calibration, 100), self.calibration_steps, layers)
+        return capture(self.pipeline, lambda: self.make(*self.calibration), self.calibration_steps, layers)
 
     @property
     def calibration_steps(self) -> tuple[int, ...]:
@@ -101,10 +101,10 @@ def quality_jobs(
         return setting, density, setting.at(density, lambda every: some_layers(calibration(), every))
 
     @lru_cache(maxsize=1)
-    def dense(prompt: str, seed: int) -> tuple[np.ndarray, float]:
-        clip, taken, _ = _video(shared(), prompt, seed, DENSE, Schedule())
+    def dense(prompt: str, seed: int) -> np.ndarray:
+        clip, _ = _video(shared(), prompt, seed, partial(enable_sparse_attention, method=DENSE, schedule=Schedule()))
         keep(shared(), DENSE, prompt, seed, clip)
-        return clip, taken
+        return clip
 
     def estimate(first: bool, of_prompt: bool) -> float | None:
         if seconds is None:
@@ -129,7 +129,7 @@ def quality_jobs(
 def _measure(
     shared: Callable[[], Studio],
     find: Callable[[str], tuple[Setting, float | None, Any]],
-    dense: Callable[[str, int], tuple[np.ndarray, float]],
+    dense: Callable[[str, int], np.ndarray],
     prompt: str,
     seed: int,
     todo: Collection[str],
@@ -141,38 +141,32 @@ def _measure(
         if isinstance(method, str):
             outcome.absent[part] = method
             continue
-        reference, dense_seconds = dense(prompt, seed)
-        clip, seconds, handle = _video(studio, prompt, seed, method, setting.schedule)
+        reference = dense(prompt, seed)
+        clip, handle = _video(studio, prompt, seed, partial(setting.enable, method=method, density=asked))
         advance()
         if not np.isfinite(clip).all():
             outcome.faults[part] = "the video has values that are no numbers"
             continue
         files = keep(studio, part, prompt, seed, clip, reference)
         outcome.rows[part] = {
-            "setting": setting.describe(method),
+            "setting": setting.describe(handle.method, handle.schedule),
             "asked": asked,
             "density": handle.density,
             "overall_density": handle.overall_density,
             **compare_clips(clip, reference),
             "accuracy": None if studio.judge is None else studio.judge(clip, prompt),
             "dense_accuracy": None if studio.judge is None else studio.judge(reference, prompt),
-            "seconds": seconds,
-            "dense_seconds": dense_seconds,
-            "speedup": dense_seconds / seconds,
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             **files,
         }
     return outcome
 
 
 def _video(
-    studio: Studio, prompt: str, seed: int, method: Any, schedule: Schedule | None
-) -> tuple[np.ndarray, float, SparseAttention]:
-    handle = enable_sparse_attention(studio.pipeline, method, schedule=schedule)
+    studio: Studio, prompt: str, seed: int, enable: Callable[[Any], SparseAttention]
+) -> tuple[np.ndarray, SparseAttention]:
+    handle = enable(studio.pipeline)
     try:
-        begin = time.perf_counter()
-        clip = studio.make(prompt, seed)
-        return clip, time.perf_counter() - begin, handle
+        return studio.make(prompt, seed), handle
     finally:
         disable_sparse_attention(studio.pipeline)
 
@@ -204,7 +198,6 @@ def keep(studio: Studio, name: str, prompt: str, seed: int, clip: np.ndarray, de
     beside = studio.folder / "side-by-side" / folder.name
     beside.mkdir(parents=True, exist_ok=True)
     pair, picture = beside / video.name, beside / f"{title}-{seed}.jpg"
-    bar = np.ones((*clip.shape[:2], 8, 3), dtype=clip.dtype)
-    studio.write(np.concatenate([dense, bar, clip], axis=2), pair)
+    studio.write(studio.pair(dense, clip), pair)
     iio.imwrite(picture, strip(dense, clip))
     return {"video": str(video), "side_by_side": str(pair), "strip": str(picture)}

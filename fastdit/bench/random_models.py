@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..api import SparseAttention
+from ..pipelines.presets import Preset
+from ..schedule import Schedule
 from .capture import capture, middle_layer
 from .e2e import Subject, Timing
 from .problems import Problem
+from .settings import demo_preset, preset_of
+from .synthetic import Sample
 
 _WAN = {
     "attention_head_dim": 128,
@@ -42,6 +48,18 @@ class RandomModel:
     latent: Callable[[int, tuple[int, int, int]], tuple[int, ...]]
     text: tuple[int, int]
     extra: Callable[[int, tuple[int, int, int]], dict[str, Any]] = field(default=lambda text, grid: {})
+
+    def make(self, device: str, changes: dict[str, Any] | None = None) -> Module:
+        """Make the transformer.
+
+        Args:
+            device: Where its weights are, ``"meta"`` for nowhere.
+            changes: Fields of the configuration that differ.
+        """
+        import diffusers
+
+        with torch.device(device):
+            return getattr(diffusers, self.class_name)(**{**self.config, **(changes or {})})
 
 
 def _patched(channels: int, grid: tuple[int, int, int]) -> tuple[int, ...]:
@@ -136,16 +154,45 @@ def model_of(problem: Problem) -> RandomModel | None:
     return MODELS[max(found, key=len)] if found else None
 
 
+def problem_preset(problem: Problem) -> Preset:
+    """Return the preset of the model that a problem is of; that of the demo, if it is of none.
+
+    Args:
+        problem: The problem.
+    """
+    model = model_of(problem)
+    return demo_preset() if model is None else preset_of(model.make("meta", {"num_layers": 1}))
+
+
+@dataclass(frozen=True, eq=False)
+class RandomPipeline:
+    """Stand in for a pipeline, which says at which step it is: schedules are in fractions of all steps.
+
+    Args:
+        transformer: The model.
+        scheduler: Its ``timesteps``, falling, and the ``step_index`` at which it is.
+    """
+
+    transformer: Module
+    scheduler: SimpleNamespace
+
+    def at_step(self, step: int) -> Tensor:
+        """Go to a step and return its timestep, ``(1,)``.
+
+        Args:
+            step: Index of the step, from 0.
+        """
+        self.scheduler.step_index = step
+        return self.scheduler.timesteps[step : step + 1]
+
+
 def random_subject(
-    problem: Problem,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    seed: int = 0,
-    changes: dict[str, Any] | None = None,
-    passes: int = 2,
+    problem: Problem, *, dtype: torch.dtype, device: str, seed: int = 0, changes: dict[str, Any] | None = None
 ) -> Subject:
     """Make a transformer of a real configuration with random weights, to be timed.
+
+    Not every step of a video is run, but one of each kind: dense, the first sparse one with its first-call
+    costs, with masks built anew, with masks that are reused.
 
     Args:
         problem: The problem.
@@ -153,44 +200,84 @@ def random_subject(
         device: Where they are.
         seed: Of weights and inputs.
         changes: Fields of the configuration that differ, for fewer layers.
-        passes: Forward passes of one run, at least 1; the time of a video is computed from them.
 
     Raises:
         ValueError: The problem is of no model that is known.
     """
-    import diffusers
-
     model = model_of(problem)
     if model is None:
         raise ValueError(f"there is no configuration for {problem.name!r}; there are: {', '.join(MODELS)}")
     torch.manual_seed(seed)
-    with torch.device(device):
-        transformer: Module = getattr(diffusers, model.class_name)(**{**model.config, **(changes or {})})
+    transformer = model.make(device, changes)
     Module.to(transformer, dtype).eval()  # the warning of diffusers is about weights that mean something
     arguments = _arguments(model, transformer, problem, dtype, device)
 
+    timesteps = torch.linspace(1000, 0, problem.steps + 1)[:-1].to(device)
+    pipeline = RandomPipeline(transformer, SimpleNamespace(timesteps=timesteps, step_index=0))
+
     @torch.no_grad()
-    def forward() -> None:
-        transformer(**arguments)
+    def run_step(step: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(problem.passes):
+            transformer(**arguments, timestep=pipeline.at_step(step).to(dtype))
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
 
-    def run() -> Timing:
-        steps = []
-        for _ in range(passes):
-            begin = time.perf_counter()
-            forward()
-            steps.append(time.perf_counter() - begin)
-        return Timing(sum(steps), tuple(steps))
+    def samples(every_layer: bool) -> list[Sample]:
+        layers = None if every_layer else (middle_layer(transformer),)
+        middle = problem.steps // 2
+        return capture(pipeline, lambda: run_step(middle), (middle,), layers)
 
-    return Subject(
-        transformer,
-        run,
-        lambda every_layer: capture(transformer, forward, (0,), None if every_layer else (middle_layer(transformer),)),
-        device,
-        lambda timing: timing.seconds / passes * problem.steps * problem.passes,
-        {"weights": "random", "passes": passes},
-    )
+    def run(handle: SparseAttention) -> Timing:
+        return _video(handle, problem.steps, run_step)
+
+    return Subject(pipeline, run, samples, device, {"weights": "random"})
+
+
+def step_kinds(schedule: Schedule, num_steps: int) -> list[str]:
+    """Say for each step what kind it is: ``"dense"``, ``"first"``, ``"rebuilt"`` or ``"reused"``.
+
+    Args:
+        schedule: Which steps are dense, and when masks are rebuilt.
+        num_steps: Steps of a video, at least 1.
+    """
+    of_steps = replace(schedule, dense_layers=())
+
+    def kinds() -> Iterator[str]:
+        begun = False
+        for step in range(num_steps):
+            if of_steps.dense_reason(0, 1, step, num_steps) is not None:
+                yield "dense"
+                continue
+            again = "rebuilt" if schedule.refreshes(step, num_steps) else "reused"
+            yield again if begun else "first"
+            begun = True
+
+    return list(kinds())
+
+
+def _video(handle: SparseAttention, num_steps: int, run_step: Callable[[int], float]) -> Timing:
+    """Run the first step of each kind, and count it as often as a video has that kind."""
+    kinds = step_kinds(handle.schedule, num_steps)
+    seconds, steps = 0.0, []
+    counted, before = torch.zeros(4, dtype=torch.float64), _counts(handle)
+    for kind in dict.fromkeys(kinds):
+        taken, count = run_step(kinds.index(kind)), kinds.count(kind)
+        after = _counts(handle)
+        counted += count * (after - before)
+        before = after
+        seconds += count * taken
+        steps += [taken] * count
+    attention, calls, sparse, kept = counted.tolist()
+    return Timing(seconds, attention, tuple(steps), kept / sparse if sparse else None, (kept + calls - sparse) / calls)
+
+
+def _counts(handle: SparseAttention) -> Tensor:
+    """Return seconds of attention, calls, sparse ones, and the sum of the densities of these: ``(4,)`` fp64."""
+    totals = handle.report()["totals"]
+    kept = totals["sparse_calls"] * (handle.density or 0.0)
+    return torch.tensor([handle.attention_seconds, totals["calls"], totals["sparse_calls"], kept], dtype=torch.float64)
 
 
 def _arguments(
@@ -202,7 +289,6 @@ def _arguments(
     given = {
         "hidden_states": torch.randn(model.latent(config.in_channels, grid)),
         "encoder_hidden_states": torch.randn(1, tokens, channels),
-        "timestep": torch.full((1,), 500.0),
         **model.extra(tokens, grid),
     }
 

@@ -21,12 +21,17 @@ Row = dict[str, Any]
 PACKAGES = ("fastdit", "torch", "triton", "diffusers", "transformers", "xformers")
 
 
-def environment(device: str, seed: int) -> dict[str, Any]:
+SAME_RUN = ("device", "dtype", "seed")
+"""What all rows of a file have in common, so that they can stand beside each other."""
+
+
+def environment(device: str, seed: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Return what every row of a run says of it.
 
     Args:
         device: Where it runs, as torch names it.
         seed: Of all that is random in it.
+        dtype: Of weights and tensors; ``None`` where each row has its own.
     """
     cpu = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
@@ -35,6 +40,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "commit": _commit(),
         "device": name,
         "threads": None if device.startswith("cuda") else torch.get_num_threads(),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "seed": seed,
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
@@ -98,6 +104,21 @@ def read_rows(path: Path) -> list[Row]:
             raise ValueError(f"{path}, line {number}: this is no result of fastdit bench")
         rows.append(row)
     return rows
+
+
+def other_run(rows: Iterable[Row], run: Mapping[str, Any]) -> str | None:
+    """Say in what rows differ from a run so that its rows do not belong beside them, or return ``None``.
+
+    Args:
+        rows: The rows; what older ones do not say counts as the same.
+        run: What ``environment`` says of the run.
+    """
+    for row in rows:
+        about = row.get("run", {})
+        for name in SAME_RUN:
+            if name in about and about[name] != run[name]:
+                return f"{name} {about[name]}, this run has {run[name]}"
+    return None
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, str, str]:

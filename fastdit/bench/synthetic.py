@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention import MethodState, get_method
+from ..metrics import relative_l2
 from ..tokens import AttentionCall, TokenSpec
 
 
@@ -76,6 +78,21 @@ class Sample:
     v: Tensor
     call: AttentionCall
     kinds: tuple[str, ...] = ()
+
+    def dense(self) -> Tensor:
+        """Attend to everything but padding: ``(B, H, S, D)``."""
+        return get_method("dense").forward(self.q, self.k, self.v, self.call, MethodState())
+
+    def errors(self, out: Tensor, dense: Tensor) -> list[float]:
+        """Return the relative L2 error of each head, over the queries that are no padding.
+
+        Args:
+            out: ``(B, H, S, D)``, what is measured.
+            dense: ``(B, H, S, D)``, what it should be.
+        """
+        padding = self.call.key_padding
+        rows = slice(None) if padding is None else ~padding
+        return [float(relative_l2(out[:, head][rows], dense[:, head][rows])) for head in range(out.shape[1])]
 
 
 def synthetic(

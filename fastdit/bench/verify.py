@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
@@ -9,6 +14,9 @@ from ..mask import BlockMask
 
 ROWS = 24
 """Queries of a head that are computed again."""
+
+UNINITIALISED = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+"""What makes tensors without writing them."""
 
 INEXACT = 0.1
 """Largest relative L2 error of kernels whose products are of low precision."""
@@ -56,6 +64,29 @@ def fault(
     return (
         None if float(error) <= budget else f"error {float(error):.3g}, allowed {budget:.3g} (relative {relative:.3g})"
     )
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN, so that what a kernel does not write shows."""
+    with ExitStack() as stack:
+        for owner, name in UNINITIALISED:
+            stack.enter_context(patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Fill with NaN what a function returns, if it is floating point.
+
+    Args:
+        make: The function, one of ``UNINITIALISED``.
+    """
+
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        out = make(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    return wrapped
 
 
 def sample_rows(q: Tensor, mask: BlockMask | None, seed: int) -> Tensor:

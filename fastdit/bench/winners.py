@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .columns import mean_rows
 from .rows import Row
-
-DEFAULT = "default"
-"""Name of the setting that users get."""
+from .settings import DEFAULT
 
 EQUAL = 1.1
 """How many times as much as was asked for, or as the default computed, is still equal."""
@@ -56,34 +55,51 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 def winners(rows: Sequence[Row]) -> list[str]:
     """Say for each density who is nearest to dense, and where the default is if that is another: a sentence each.
 
-    What computed over a tenth more than was asked for, and than the default did, is out of the contest.
+    What computed over a tenth more than was asked for, and than the default did, is out of the contest; what says its
+    density itself, such as a plan, is in it at each that it does not exceed. Only clips that all have made count.
 
     Args:
-        rows: Rows of one benchmark, averaged over clips.
+        rows: Rows of one benchmark, each clip by itself.
     """
     contest = CONTESTS.get(rows[0]["benchmark"]) if rows else None
     if contest is None:
         return []
-    groups: dict[tuple[str, float], list[Row]] = {}
+    measured = [row for row in rows if contest.merit in row]
+    found = []
+    for where in dict.fromkeys(row[contest.of] for row in measured):
+        mine = [row for row in measured if row[contest.of] == where]
+        for asked in dict.fromkeys(row["asked"] for row in mine if row.get("asked") is not None):
+            entered, clips = _on_common_clips([row for row in mine if row.get("asked") in (asked, None)])
+            entered = [row for row in entered if isinstance(row[contest.merit], (int, float))]
+            if len(entered) > 1:
+                found.append(_sentence(contest, f"{where}, density {asked:g}{clips}", asked, entered))
+    return found
+
+
+def _on_common_clips(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """Average rows over the clips that all parts have, and say how many that are where it is not all."""
+    made: dict[str, set[Any]] = {}
     for row in rows:
-        if row.get("asked") is not None and isinstance(row.get(contest.merit), (int, float)):
-            groups.setdefault((row[contest.of], row["asked"]), []).append(row)
-    return [_sentence(contest, where, asked, group) for (where, asked), group in groups.items() if len(group) > 1]
+        made.setdefault(row["part"], set()).add(_clip(row))
+    common, every = set.intersection(*made.values()), set.union(*made.values())
+    where = "" if len(common) == len(every) else f" ({len(common)} of {len(every)} clips)"
+    return mean_rows([row for row in rows if _clip(row) in common]), where
+
+
+def _clip(row: Row) -> Any:
+    return row.get("prompt"), row.get("clip_seed")
 
 
 def _sentence(contest: Contest, where: str, asked: float, rows: Sequence[Row]) -> str:
-    ours = next((row for row in rows if _name(row) == DEFAULT), None)
+    ours = next((row for row in rows if row["setting"]["name"] == DEFAULT and row["asked"] is not None), None)
     limit = EQUAL * max(asked, (ours or min(rows, key=lambda row: row[contest.cost]))[contest.cost])
-    ordered = ranked([row for row in rows if row[contest.cost] <= limit])
+    near = [row for row in rows if row[contest.cost] <= limit]
+    ordered = sorted(near, key=lambda row: -contest.better * row[contest.merit])
 
     def spell(row: Row) -> str:
-        return f"{_name(row)} ({contest.spell(row[contest.merit])})"
+        return f"{row['part']} ({contest.spell(row[contest.merit])})"
 
-    text = f"{where}, density {asked:g}: nearest to dense is {spell(ordered[0])}"
+    text = f"{where}: nearest to dense is {spell(ordered[0])}"
     if ours is None or ours is ordered[0]:
         return f"{text}, then {spell(ordered[1])}." if len(ordered) > 1 else f"{text}."
     return f"{text}; {spell(ours)} is number {ordered.index(ours) + 1} of {len(ordered)}."
-
-
-def _name(row: Row) -> Any:
-    return row["setting"]["name"]

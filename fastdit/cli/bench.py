@@ -13,7 +13,7 @@ from . import options
 from .assemble import assembled
 from .bench_report import report
 from .bench_session import Session
-from .errors import InputError, guarded
+from .errors import guarded
 
 bench = typer.Typer(
     name="bench",
@@ -86,7 +86,10 @@ def quality(
     prompts: Annotated[
         Path | None, typer.Option(help="A text file with one prompt a line (default: the demo's).", show_default=False)
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 4,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many prompts (default: all of a file, 4 of the demo's).", show_default=False),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each.")] = 1,
     settings: own.Settings = None,
     means: own.Means = False,
@@ -116,9 +119,11 @@ def quality(
     check_command(score_with)
     texts = None if prompts is None else read_prompts(None, prompts)
     found = Model.find(model, size)
+    known = found.prompts(texts, "some with --prompts FILE, one a line")
+    count = 4 if count is None and texts is None else count
     chosen, wanted = own.read_settings(settings, means=means, schedule=schedule), own.read_densities(densities)
     folder = session.output.with_suffix(".videos") if videos is None else videos
-    session.run(lambda s: build_quality(s, found, found.prompts(texts, count), seeds, chosen, wanted, folder))
+    session.run(lambda s: build_quality(s, found, known, count, seeds, chosen, wanted, folder))
     if score_with is not None and not session.dry_run and session.team.is_first:
         score_folders(score_with, folder, session.screen)
     session.team.close()
@@ -138,8 +143,7 @@ def e2e(
     prompt: Prompt = None,
     settings: own.Settings = "default",
     means: own.Means = False,
-    densities: own.Densities = "0.2",
-    passes: Annotated[int, typer.Option(min=1, help="Forward passes of a run with random weights.")] = 2,
+    densities: own.MaybeDensities = None,
     repeats: own.Repeats = 3,
     size: dict[str, Any],
     session: Session,
@@ -150,9 +154,10 @@ def e2e(
 
     name = "demo" if model is None and not problems else model
     found = None if name is None else Model.find(name, size)
-    chosen, wanted = own.read_settings(settings, means=means), own.read_densities(densities)
+    chosen = own.read_settings(settings, means=means)
+    wanted = [] if densities is None else own.read_densities(densities)
     listed = own.split(problems)
-    session.run(lambda s: build_e2e(s, chosen, wanted, repeats, found, listed, prompt=prompt, passes=passes))
+    session.run(lambda s: build_e2e(s, chosen, wanted, repeats, found, listed, prompt=prompt))
 
 
 @bench.command("all")
@@ -165,15 +170,13 @@ def everything(
 ) -> None:
     """Run all four benchmarks on the demo and on calls that are made up, and write the report beside the results."""
     from .bench_everything import build_everything
-    from .bench_report import write_report
+    from .bench_report import check_packages, write_report
     from .video import check_ffmpeg
 
     check_ffmpeg()
+    check_packages()
     session.run(lambda s: build_everything(s, quick=quick))
     if not session.dry_run and session.team.is_first:
-        try:
-            page = write_report([session.output], session.output.with_suffix(".html"))
-        except ImportError as error:
-            raise InputError(f"the report needs {error.name}; install fastdit[bench]") from error
+        page = write_report([session.output], session.output.with_suffix(".html"))
         session.screen.note(f"the report is {page}")
     session.team.close()

@@ -16,11 +16,9 @@ from ..bench.kernels import kernel_jobs
 from ..bench.methods import method_jobs
 from ..bench.problems import Problem, find_problems
 from ..bench.quality import quality_jobs
-from ..bench.random_models import MODELS, model_of, random_subject
-from ..bench.settings import Setting
+from ..bench.random_models import MODELS, model_of, problem_preset, random_subject
+from ..bench.settings import DEFAULT, Setting, preset_of
 from ..bench.synthetic import KINDS, Sample, synthetic
-from ..demo.captions import HELD_OUT_CAPTIONS
-from ..schedule import Schedule
 from .bench_model import REST, Model, open_studio, open_subject, throughput
 from .bench_session import Session
 from .errors import InputError, as_input_error
@@ -28,6 +26,15 @@ from .models import choose_dtype
 
 MATCHING = 4
 """Dense calls that matching a density takes, about."""
+
+KINDS_OF_STEPS = 3
+"""Steps that a run with random weights takes, about."""
+
+PROMPT = 'one with --prompt "..."'
+"""What gives a prompt where one is enough."""
+
+SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
+"""Dense attention that stands beside whatever else is asked for."""
 
 
 def build_kernels(
@@ -102,22 +109,25 @@ def build_methods(
             settings,
             densities=densities,
             about={"problem": problem.describe()},
+            preset=partial(problem_preset, problem),
             seconds=seconds,
         )
     if model is not None:
-        jobs += _captured(session, model, model.prompts(None if prompt is None else [prompt], 2), settings, densities)
+        texts = model.prompts(None if prompt is None else [prompt], PROMPT)
+        jobs += _captured(session, model, texts[:2], settings, densities)
     return jobs
 
 
 def _captured(
     session: Session, model: Model, prompts: Sequence[str], settings: Sequence[Setting], densities: Sequence[float]
 ) -> list[Job]:
-    studio = cache(partial(open_studio, session, model, prompts[-1], None))
+    learned = prompts[-1], session.seed + 1
+    studio = cache(partial(open_studio, session, model, learned, None))
 
-    def calls(prompt: str) -> list[Sample]:
+    def calls(prompt: str, seed: int) -> list[Sample]:
         made = studio()
         layers = (middle_layer(made.pipeline.transformer),)
-        found = capture(made.pipeline, lambda: made.make(prompt, session.seed), made.calibration_steps, layers)
+        found = capture(made.pipeline, lambda: made.make(prompt, seed), made.calibration_steps, layers)
         # a plan is for a whole model: here the model is this one layer at one step
         alone = {"layer": 0, "num_layers": 1, "step": 0, "num_steps": 1}
         return [replace(sample, call=replace(sample.call, **alone)) for sample in found]
@@ -125,11 +135,12 @@ def _captured(
     seconds = model.seconds(session)
     return method_jobs(
         f"captured {model.label}",
-        lambda: calls(prompts[0]),
-        lambda: calls(prompts[-1]),
+        lambda: calls(prompts[0], session.seed),
+        lambda: calls(*learned),
         settings,
         densities=densities,
         about={"model": model.label, "prompt": prompts[0], **model.about()},
+        preset=lambda: preset_of(studio().pipeline),
         seconds=None if seconds is None else seconds / 50,
     )
 
@@ -138,6 +149,7 @@ def build_quality(
     session: Session,
     model: Model,
     prompts: Sequence[str],
+    count: int | None,
     seeds: int,
     settings: Sequence[Setting],
     densities: Sequence[float],
@@ -148,16 +160,19 @@ def build_quality(
     Args:
         session: What was asked for.
         model: The pipeline.
-        prompts: The prompts.
+        prompts: The prompts that there are.
+        count: How many of them are compared, at least 1; ``None`` for all.
         seeds: Seeds of each, at least 1.
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         folder: Where videos go; ``None`` keeps none.
     """
-    calibration = HELD_OUT_CAPTIONS[-1] if model.source.place is None else prompts[0]
+    compared = prompts[:count]
+    # the last one that is not compared, or a video of the first with noise of its own
+    learned = next((prompt for prompt in reversed(prompts) if prompt not in compared), prompts[0])
     return quality_jobs(
-        partial(open_studio, session, model, calibration, folder),
-        prompts,
+        partial(open_studio, session, model, (learned, session.seed + seeds), folder),
+        compared,
         range(session.seed, session.seed + seeds),
         settings,
         densities=densities,
@@ -175,50 +190,46 @@ def build_e2e(
     model: Model | None,
     problems: Sequence[str] = (),
     prompt: str | None = None,
-    passes: int = 2,
 ) -> list[Job]:
     """Make the jobs of ``e2e``.
 
     Args:
         session: What was asked for.
         settings: The settings.
-        densities: Fractions of the pairs of sparse calls, each in (0, 1].
+        densities: Fractions of the pairs of sparse calls, each in (0, 1]; none for settings that need none.
         repeats: Rounds after the cold one, at least 1.
         model: A pipeline with its weights; ``None`` for none.
         problems: Names of real configurations that get random weights.
         prompt: What the pipeline makes.
-        passes: Forward passes of one run with random weights, at least 1.
 
     Raises:
-        InputError: There is no such problem.
+        InputError: There is no such problem, or a setting has no density.
     """
     with as_input_error():
         chosen = find_problems(problems)
+    vague = [s.name for s in settings if not (densities or s.is_fixed or s.method == DEFAULT)]
+    if vague:
+        raise InputError(f"{vague[0]} runs at a density, and none is given; write --densities 0.2")
     how: dict[str, Any] = {"densities": densities, "repeats": repeats}
     jobs = []
     if model is not None:
-        text = model.prompts(None if prompt is None else [prompt], 1)[0]
+        text = model.prompts(None if prompt is None else [prompt], PROMPT)[0]
         load = partial(open_subject, session, model, text)
         seconds = model.seconds(session)
         jobs += e2e_jobs(model.label, load, settings, about=model.about(), seconds=seconds, **how)
     for problem in chosen:
-        jobs += _random(session, problem, settings, passes, how)
+        jobs += _random(session, problem, settings, how)
     return jobs
 
 
-def _random(
-    session: Session, problem: Problem, settings: Sequence[Setting], passes: int, how: dict[str, Any]
-) -> list[Job]:
+def _random(session: Session, problem: Problem, settings: Sequence[Setting], how: dict[str, Any]) -> list[Job]:
     if model_of(problem) is None:
         raise InputError(f"nobody knows the rest of the model of {problem.name}; there are: {', '.join(MODELS)}")
     dtype = choose_dtype(session.dtype, session.device)
-    load = partial(random_subject, problem, dtype=dtype, device=session.device, seed=session.seed, passes=passes)
-    seconds = REST * problem.flops * problem.layers * passes / throughput(session.device)
+    load = partial(random_subject, problem, dtype=dtype, device=session.device, seed=session.seed)
+    seconds = KINDS_OF_STEPS * REST * problem.flops * problem.layers * problem.passes / throughput(session.device)
     about = {"problem": problem.describe()}
-    name = f"{problem.name}, random weights"
-    # of so few passes none is left dense
-    sparse = [replace(setting, schedule=Schedule()) for setting in settings]
-    return e2e_jobs(name, load, sparse, about=about, seconds=seconds, **how)
+    return e2e_jobs(f"{problem.name}, random weights", load, settings, about=about, seconds=seconds, **how)
 
 
 def _contenders(only: Sequence[str] | None) -> list[Contender]:
@@ -226,4 +237,7 @@ def _contenders(only: Sequence[str] | None) -> list[Contender]:
     unknown = [name for name in only or () if name not in known]
     if unknown:
         raise InputError(f"unknown contender {unknown[0]!r}; there are: {', '.join(known)}")
-    return list(known.values()) if only is None else [known[name] for name in only]
+    if only is None:
+        return list(known.values())
+    beside = () if any(name.startswith("sdpa-") for name in only) else SDPA
+    return [known[name] for name in dict.fromkeys((*beside, *only))]

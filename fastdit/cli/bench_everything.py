@@ -20,22 +20,20 @@ def build_everything(session: Session, *, quick: bool) -> list[Job]:
         quick: Whether they shall take minutes on two cores.
     """
     demo = Model.find("demo")
+    prompts = demo.prompts(None, "")
     folder = session.output.with_suffix(".videos")
     if quick:
-        # draft comes as near to a density as it is asked to, so that there is no call to look at
         return [
             *build_kernels(session, ["demo"], (0.1, 0.2, 0.5), (64, 64), 3),
             *build_methods(session, ["9x16x24/2x64"], find_settings(None), (0.1, 0.2, 0.3)),
-            *build_quality(session, demo, demo.prompts(None, 1), 1, find_settings(PUBLISHED), (0.2,), folder),
-            *build_e2e(session, find_settings(["default(density=0.2)"]), (), 1, demo),
+            *build_quality(session, demo, prompts, 1, 1, find_settings(PUBLISHED), (0.2,), folder),
+            *build_e2e(session, find_settings(["default"]), (), 1, demo),
         ]
     problems = ["demo", *(["wan-1.3b-480p", "hunyuan-720p"] if session.device.startswith("cuda") else ["ltx-2b"])]
     every, densities = find_settings(None, means=True), (0.05, 0.1, 0.2, 0.3, 0.5)
     return [
         *build_kernels(session, problems, densities, (64, 64), 7),
         *build_methods(session, ["9x16x24/2x64", "demo"], every, densities, demo),
-        *build_quality(
-            session, demo, demo.prompts(None, 12), 1, find_settings(PUBLISHED, means=True), (0.1, 0.2, 0.3), folder
-        ),
+        *build_quality(session, demo, prompts, 12, 1, find_settings(PUBLISHED, means=True), (0.1, 0.2, 0.3), folder),
         *build_e2e(session, find_settings(["default"]), (0.1, 0.2, 0.3), 3, demo),
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..api import SparseAttention
 from ..bench.capture import capture, middle_layer
 from ..bench.e2e import Subject, Timing
 from ..bench.problems import PROBLEMS
@@ -26,8 +27,8 @@ from .models import choose_dtype, load_model
 from .screen import Screen
 from .sizes import check_sizes
 from .sources import DEMO, ModelSource, find_model
-from .timing import run_timed
-from .video import write_video
+from .timing import Clip, run_timed
+from .video import side_by_side, write_video
 
 REST = 1.5
 """How many times as long as its attention a video takes, about."""
@@ -84,19 +85,19 @@ class Model:
         check_sizes(pipeline, arguments)
         return pipeline, arguments
 
-    def prompts(self, listed: Sequence[str] | None, count: int) -> list[str]:
-        """Return the prompts to use.
+    def prompts(self, listed: Sequence[str] | None, option: str) -> list[str]:
+        """Return the prompts that there are: what the user gave, or those of the demo.
 
         Args:
             listed: What the user gave, or ``None``.
-            count: How many at most, at least 1.
+            option: What gives them, for the error.
 
         Raises:
             InputError: There are none for this model.
         """
         if listed is None and self.source.place is not None:
-            raise InputError(f"give prompts for {self.source.name} with --prompts FILE, one a line")
-        return list(HELD_OUT_CAPTIONS if listed is None else listed)[:count]
+            raise InputError(f"{self.source.name} brings no prompts; give {option}")
+        return list(HELD_OUT_CAPTIONS if listed is None else listed)
 
     def about(self) -> dict[str, Any]:
         """Return what rows say of how the pipeline is called."""
@@ -118,13 +119,13 @@ def _brief(argument: str) -> str:
     return argument.removeprefix("num_").removeprefix("inference_").removesuffix("_scale")
 
 
-def open_studio(session: Session, model: Model, calibration: str, folder: Path | None) -> Studio:
+def open_studio(session: Session, model: Model, calibration: tuple[str, int], folder: Path | None) -> Studio:
     """Load a pipeline to make videos with.
 
     Args:
         session: What was asked for.
         model: The pipeline.
-        calibration: A prompt that is not compared.
+        calibration: A prompt and a seed that are not compared together.
         folder: Where videos go; ``None`` keeps none.
     """
     pipeline, arguments = model.load(session)
@@ -141,6 +142,7 @@ def open_studio(session: Session, model: Model, calibration: str, folder: Path |
         calibration,
         folder,
         lambda frames, path: write_video(frames, path, fps=rate),
+        side_by_side,
         judge_demo if model.source.place is None else None,
     )
 
@@ -167,17 +169,21 @@ def open_subject(session: Session, model: Model, prompt: str) -> Subject:
     pipeline, arguments = model.load(session)
     silent = Screen(quiet=True)
 
-    def run() -> Timing:
+    def make() -> Clip:
         noise = torch.Generator("cpu").manual_seed(session.seed)
         call = {**arguments, "prompt": prompt, "generator": noise}
         clip = run_timed(pipeline, call, screen=silent, device=session.device)
         silent.clear()
-        return Timing(clip.seconds, clip.steps)
+        return clip
+
+    def run(handle: SparseAttention) -> Timing:
+        clip = make()
+        return Timing.of(handle, clip.seconds, clip.steps)
 
     def samples(every_layer: bool) -> list[Sample]:
         step = int(0.5 * arguments["num_inference_steps"])
         layers = None if every_layer else (middle_layer(pipeline.transformer),)
-        return capture(pipeline, run, (step,), layers)
+        return capture(pipeline, make, (step,), layers)
 
     return Subject(pipeline, run, samples, session.device)
 

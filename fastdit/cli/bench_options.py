@@ -36,6 +36,14 @@ Repeats = Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")]
 Densities = Annotated[
     str, typer.Option(help="Fractions of the pairs to compute, as in 0.1,0.2.", rich_help_panel=ATTENTION)
 ]
+MaybeDensities = Annotated[
+    str | None,
+    typer.Option(
+        help="Fractions of the pairs to compute, as in 0.1,0.2 (default: those that the settings have by themselves).",
+        rich_help_panel=ATTENTION,
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     str | None,
     typer.Option(

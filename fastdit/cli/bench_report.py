@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +28,21 @@ def report(
     from .video import check_target
 
     check_target(output, (".html", ".md"))
-    try:
-        page = write_report(results, output)
-    except ImportError as error:
-        raise InputError(f"the report needs {error.name}; install fastdit[bench]") from error
+    if output.suffix == ".html":
+        check_packages()
+    page = write_report(results, output)
     Screen(quiet=quiet).note(f"wrote {page}")
+
+
+def check_packages() -> None:
+    """Check that a page can be written, before there is anything to write.
+
+    Raises:
+        InputError: A package is missing.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"the report needs {' and '.join(missing)}; install fastdit[bench]")
 
 
 def write_report(results: Sequence[Path], output: Path) -> Path:

@@ -13,7 +13,7 @@ import typer
 from .errors import FAILED, InputError, fail
 from .prompts import Team
 from .screen import Screen, add_row, plain_table
-from .video import check_folder
+from .video import check_target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,23 +59,32 @@ class Session:
             build: Makes the jobs; nothing is computed by it.
 
         Raises:
-            InputError: The file of rows is there already, or cannot be written, or the other one cannot be read.
+            InputError: The file of rows is there already, cannot be written or is of another run, or the other file
+                cannot be read or is empty.
             Exit: A result was wrong, with code 1.
         """
-        from ..bench.rows import Store, environment
+        from ..bench.rows import Store, environment, other_run
+        from .models import choose_dtype
 
+        check_target(self.output, None)
         if self.output.exists() and not self.resume and not self.dry_run:
             raise InputError(
                 f"{self.output} is there already; go on with it by --resume, or name another with --output"
             )
-        if not self.output.parent.exists():
-            check_folder(self.output.parent)
         old = None if self.against is None else read(self.against)
-        store = Store(self.output)
+        if old == []:
+            raise InputError(f"there are no results in {self.against} to compare with")
+        store, about = Store(self.output), environment(self.device, self.seed, choose_dtype(self.dtype, self.device))
+        other = other_run(read(self.output), about) if self.output.exists() and self.resume else None
+        if other is not None:
+            raise InputError(
+                f"{self.output} has rows of another run: {other}; go on with the same --seed, --dtype and --device, "
+                "or name another file with --output"
+            )
         with self.screen.working(), self._quiet():
             jobs = build(self)
             if not self.dry_run:
-                faults = self._work(jobs, store, environment(self.device, self.seed))
+                faults = self._work(jobs, store, about)
         if self.dry_run:
             rows = read(self.output) if self.output.exists() and self.resume else []
             self.screen.result({"jobs": [_plain(job, rows) for job in jobs]}, plan_table(jobs, rows))
@@ -118,13 +127,13 @@ class Session:
         return faults
 
     def _show(self, rows: list[Row], old: list[Row] | None) -> None:
-        from ..bench.columns import changes
+        from ..bench.columns import changes, compared
 
         value: dict[str, Any] = {"rows": rows}
         tables = result_tables(rows)
         if old is not None:
-            value["changes"] = changes(old, rows)
-            tables.append(_changes_table(value["changes"], str(self.against)))
+            value |= {"changes": changes(old, rows), "compared": len(compared(old, rows))}
+            tables.append(_changes_table(value["changes"], value["compared"], str(self.against)))
         self.screen.note(f"rows are in {self.output}")
         self.screen.result(value, *tables)
 
@@ -176,27 +185,19 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     Args:
         rows: The rows.
     """
-    from ..bench.columns import COLUMNS, TITLES, mean_rows
-    from ..bench.rows import absent, latest
-    from ..bench.winners import ranked, winners
+    from ..bench.page import tables as parts_of
+    from ..bench.rows import absent
 
-    found = latest(rows)
     tables = []
-    for benchmark, columns in COLUMNS.items():
-        mine = mean_rows([row for row in found if row["benchmark"] == benchmark and "absent" not in row])
-        if not mine:
-            continue
-        used = [column for column in columns if any(row.get(column.name) is not None for row in mine)]
-        jobs: dict[str, list[Row]] = {}
-        for row in mine:
-            jobs.setdefault(row["model"] if benchmark == "quality" else row["job"], []).append(row)
-        for job, group in jobs.items():
-            table = plain_table(f"{TITLES[benchmark]}: {job}", "", *(column.title for column in used))
-            for row in ranked(group):
-                add_row(table, row["part"], *(column.write(row) for column in used))
-            table.caption, table.caption_justify = "\n".join(winners(group)) or None, "left"
+    for part in parts_of(rows):
+        for group in part["groups"]:
+            table = plain_table(f"{part['title']}: {group['name']}", *group["head"])
+            for cells in group["body"]:
+                add_row(table, *cells)
             tables.append(table)
-    missing = absent(found)
+        if part["winners"]:
+            tables[-1].caption, tables[-1].caption_justify = "\n".join(part["winners"]), "left"
+    missing = absent(rows)
     if missing:
         table = plain_table("not here", "what", "why", numbers=False)
         for part, reason in missing:
@@ -205,8 +206,9 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
-def _changes_table(changes: Sequence[dict[str, Any]], name: str) -> Table:
-    title = f"beyond noise, against {name}" if changes else f"nothing changed beyond noise against {name}"
+def _changes_table(changes: Sequence[dict[str, Any]], count: int, name: str) -> Table:
+    title = f"{'' if changes else 'nothing '}changed beyond noise against {name}: {count} rows compared"
+    title = title if count else f"nothing to compare: none of these rows is in {name}"
     table = plain_table(title, "benchmark", "job", "what", "number", "before", "now", "", numbers=False)
     for each in changes:
         cells = (each[name] for name in ("benchmark", "job", "part", "column", "old", "new"))

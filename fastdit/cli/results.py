@@ -53,8 +53,9 @@ def mean_decibels(values: Iterable[float | str]) -> float | str:
     Args:
         values: Each as ``decibels`` gives it.
     """
-    error = fmean(0.0 if value == IDENTICAL else 10 ** (-float(value) / 10) for value in values)
-    return IDENTICAL if error == 0 else -10 * math.log10(error)
+    from ..metrics import mean_psnr
+
+    return decibels(mean_psnr(float(value) for value in values))
 
 
 def ratio(dense: float | None, sparse: float | None) -> float | None:
