@@ -30,7 +30,7 @@ def cost_of(candidates, **changes):
     def timing(method):
         density = 1.0 if method.stock else getattr(method, "density", 0.5)
         kind = f"{method.name} {getattr(method, 'compensate', None)}"
-        return Timing(describe(method), kind, density, density, *[0.02 * density] * 3, 0.0, 0.0)
+        return Timing(describe(method), kind, density, density, *[0.02 * density] * 3, 0.0)
 
     timings = tuple(changes.get(method.name) or timing(method) for method in candidates)
     return CostModel("a device", "float32", None, None, 192, 2, 16, 1, 0.02, timings)
@@ -145,7 +145,7 @@ def test_what_was_not_scored_can_only_be_dense_and_is_said_to_be():
 
 
 def test_what_is_slow_is_named_though_nothing_is_known_of_dense_layers():
-    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, 0.03, 0.03, 0.03, 0.0, 0.0)
+    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, 0.03, 0.03, 0.03, 0.0)
     model = cost_of(METHODS)
     model = CostModel(**{**vars(model), "timings": (model.timings[0], slow, model.timings[2])})
     assert Problem(dense_layer(random_error()), {"transformer": model}).slow == ["draft"]
@@ -251,7 +251,7 @@ def test_errors_are_limited_in_their_own_unit():
 
 
 def test_what_takes_longer_than_dense_is_not_used():
-    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, 0.03, 0.03, 0.03, 0.0, 0.0)
+    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, 0.03, 0.03, 0.03, 0.0)
     model = cost_of(METHODS)
     model = CostModel(**{**vars(model), "timings": (model.timings[0], slow, model.timings[2])})
     (cells,) = collect([scores(random_error())], WHOLE)
@@ -263,7 +263,7 @@ def test_what_takes_longer_than_dense_is_not_used():
 
 
 def test_learning_from_a_dense_call_counts_as_density():
-    learns = Timing(describe(METHODS[1]), "learns", 0.1, 1.0, 0.02, 0.002, 0.002, 0.0, 0.0)
+    learns = Timing(describe(METHODS[1]), "learns", 0.1, 1.0, 0.02, 0.002, 0.002, 0.0)
     model = cost_of(METHODS)
     model = CostModel(**{**vars(model), "timings": (model.timings[0], learns, model.timings[2])})
     (cells,) = collect([scores(random_error())], WHOLE)

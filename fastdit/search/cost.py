@@ -6,7 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,7 +43,6 @@ class Timing:
         first: The first call of a video.
         refreshed: A later one that chooses its blocks anew.
         reused: A later one that does not.
-        choice: Of a refreshed one, the choice of blocks.
         order: Of a reused one, the ordering of tokens.
     """
 
@@ -54,7 +53,6 @@ class Timing:
     first: float
     refreshed: float
     reused: float
-    choice: float
     order: float
 
 
@@ -148,7 +146,6 @@ class CostModel:
                 first=reused + (timing.first - timing.reused) * learning,
                 refreshed=reused + (timing.refreshed - timing.reused) * moved,
                 reused=reused,
-                choice=timing.choice * moved,
                 order=timing.order * moved,
             )
 
@@ -192,7 +189,9 @@ class CostModel:
             if record["version"] != cls.VERSION:
                 raise ValueError(f"it has version {record['version']}, and this fastdit reads {cls.VERSION}")
             values = {name: value for name, value in record.items() if name not in ("version", "kernels")}
-            return cls(**{**values, "timings": tuple(Timing(**timing) for timing in values["timings"])})
+            names = [f.name for f in fields(Timing)]  # earlier records say more
+            timings = tuple(Timing(**{name: timing[name] for name in names}) for timing in values["timings"])
+            return cls(**{**values, "timings": timings})
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is no cost model, or a damaged one ({error!r})") from error
 
@@ -299,31 +298,29 @@ def _run(
     """Return what a candidate is like, and the seconds of its calls in one video."""
     if method.stock:
         same = dict.fromkeys(("first", "refreshed", "reused"), dense)
-        return {"kind": method.name, "density": 1.0, "first_density": 1.0}, {**same, "choice": 0.0, "order": 0.0}
+        return {"kind": method.name, "density": 1.0, "first_density": 1.0}, {**same, "order": 0.0}
     if method.empty:
-        nothing: dict[str, float] = dict.fromkeys(("first", "refreshed", "reused", "choice", "order"), 0.0)
+        nothing: dict[str, float] = dict.fromkeys(("first", "refreshed", "reused", "order"), 0.0)
         return {"kind": method.name, "density": 0.0, "first_density": 0.0}, nothing
 
-    def time_call() -> tuple[float, Mapping[str, float]]:
+    def time_call() -> tuple[float, float]:
         parts: defaultdict[str, Stopwatch] = defaultdict(Stopwatch)
         state.measure = lambda part, device, run: parts[part].time(device, run)
         seconds = _time(lambda: method.forward(q, k, v, call, state), q.device)
-        return seconds, {part: parts[part].seconds for part in ("choice", "order")}
+        return seconds, parts["order"].seconds
 
-    first, parts = time_call()
+    first, order = time_call()
     about: dict[str, Any] = {"first_density": _kept(state)}
-    refreshed, choice = first, 0.0  # a static pattern is built once for all layers and steps
-    reused = first
+    refreshed = reused = first  # a static pattern is built once for all layers and steps
     if not method.static:
-        refreshed, parts = time_call()
-        choice = parts["choice"]
+        refreshed, _ = time_call()
         state.refresh = False
-        reused, parts = time_call()
+        reused, order = time_call()
     pattern = known_pattern(method, q, k, call, state)
     kind = method.name if pattern is None else f"{pattern.mask.block_q}x{pattern.mask.block_k}"
     compensate = getattr(method, "compensate", None)
     about |= {"density": _kept(state), "kind": kind if compensate is None else f"{kind} {compensate}"}
-    return about, {"first": first, "refreshed": refreshed, "reused": reused, "choice": choice, "order": parts["order"]}
+    return about, {"first": first, "refreshed": refreshed, "reused": reused, "order": order}
 
 
 def _kept(state: MethodState) -> float:

@@ -43,14 +43,13 @@ def solve(
     max_error: float | None = None,
     groups: ArrayLike | None = None,
     max_kinds: int | None = None,
-    kinds: ArrayLike | None = None,
 ) -> Indices:
     """Choose for every cell the candidate so that the total error is least within a total cost, or the other way round.
 
     A Lagrange multiplier on the convex hull of each cell gives a choice that is at most one step of one hull away
     from the optimum. An exact search over what the multiplier leaves undecided then closes the gap; it is cut short
-    only where it would keep more than ``MAX_STATES`` partial solutions, and ``lower_bound`` tells how far off a choice
-    can then be. The same input always gives the same choice.
+    only where it would keep more than ``MAX_STATES`` partial solutions. How far off a choice can then be is told by the
+    curve of ``frontier``, which no choice is below. The same input always gives the same choice.
 
     Args:
         errors: ``(cells, candidates)`` errors of at least 0; a candidate with NaN or infinity is not used in that cell.
@@ -58,8 +57,8 @@ def solve(
         budget: Largest total cost, in the unit of ``costs``.
         max_error: Largest total error, instead of ``budget``: the total cost is then least.
         groups: ``(cells,)`` labels: cells of one label are the heads of one layer and step bucket.
-        max_kinds: How many kinds the cells of a group may use, at least 1; needs ``groups``. Which ones is a heuristic.
-        kinds: ``(candidates,)`` labels of kinds, such as the layouts; default: every candidate is one.
+        max_kinds: How many candidates the cells of a group may use, at least 1; needs ``groups``. Which ones is a
+            heuristic.
 
     Returns:
         ``(cells,)`` index of the candidate of each cell.
@@ -83,32 +82,13 @@ def solve(
     if groups is not None and max_kinds is not None:
         if max_kinds < 1:
             raise ValueError(f"max_kinds must be at least 1, got {max_kinds}")
-        usable = _limit_kinds(values, weights, usable, limit, *_labels(usable.shape, groups, kinds), max_kinds)
+        usable = _limit_kinds(values, weights, usable, limit, _labels(len(usable), groups), max_kinds)
         if not usable.any(1).all():
             raise ValueError(f"max_kinds={max_kinds} leaves cells without a candidate; allow more, or dense everywhere")
     hulls = _Hulls.of(values, weights, usable)
     limit = hulls.within_reach(limit, what)
     choice, multiplier = hulls.descend(limit)
     return _refine(values, weights, usable, limit, choice, multiplier)
-
-
-def lower_bound(errors: ArrayLike, costs: ArrayLike, budget: float) -> float:
-    """Return a total error that no choice within a budget can go below: the optimum of the linear relaxation.
-
-    Args:
-        errors: ``(cells, candidates)`` errors, as for ``solve``.
-        costs: ``(cells, candidates)`` costs, likewise. With both swapped it bounds the cost within an error.
-        budget: Largest total cost.
-
-    Raises:
-        ImpossibleBudget: No choice is within the budget.
-        ValueError: Shapes or numbers make no sense.
-    """
-    values, weights, usable = _check(errors, costs)
-    hulls = _Hulls.of(values, weights, usable)
-    limit = hulls.within_reach(float(budget), "budget")
-    _, multiplier = hulls.descend(limit)
-    return float(_penalised(values, weights, usable, multiplier).min(1).sum() - multiplier * limit)
 
 
 def frontier(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats]:
@@ -260,16 +240,15 @@ def _limit_kinds(
     usable: NDArray[np.bool_],
     limit: float,
     groups: Indices,
-    kinds: Indices,
     max_kinds: int,
 ) -> NDArray[np.bool_]:
-    """Leave each group the kinds that serve it best, at the smallest multiplier that keeps the choice in the limit."""
+    """Leave each group the candidates that serve it best, at the smallest multiplier that keeps within the limit."""
     cells = np.arange(len(values))
     spread = [np.ptp(x[usable]) or 1.0 for x in (values, weights)]
 
     def at(multiplier: float) -> tuple[NDArray[np.bool_], float]:
         cost = _penalised(values, weights, usable, multiplier)
-        allowed = usable & _best_kinds(cost, groups, kinds, max_kinds)
+        allowed = usable & _best_kinds(cost, groups, max_kinds)
         choice = np.where(allowed, cost, np.inf).argmin(1)
         return allowed, float(weights[cells, choice].sum())
 
@@ -288,13 +267,11 @@ def _limit_kinds(
     return allowed
 
 
-def _best_kinds(cost: Floats, groups: Indices, kinds: Indices, max_kinds: int) -> NDArray[np.bool_]:
-    """Pick kinds for each group one by one, each time the one that lowers the sum of its cells most."""
-    count = int(kinds.max()) + 1
-    by_kind = np.stack([np.where(kinds == kind, cost, np.inf).min(1) for kind in range(count)], 1)
+def _best_kinds(cost: Floats, groups: Indices, max_kinds: int) -> NDArray[np.bool_]:
+    """Pick candidates for each group one by one, each time the one that lowers the sum of its cells most."""
     # a cell without any candidate weighs more than all that could be saved elsewhere
     missing = 1 + 2 * np.abs(cost[np.isfinite(cost)]).sum()
-    by_kind = np.where(np.isfinite(by_kind), by_kind, missing)
+    by_kind = np.where(np.isfinite(cost), cost, missing)
     allowed = np.zeros(cost.shape, bool)
     for group in range(int(groups.max()) + 1):
         members = np.flatnonzero(groups == group)
@@ -305,7 +282,7 @@ def _best_kinds(cost: Floats, groups: Indices, kinds: Indices, max_kinds: int) -
             if sums[kind] >= served.sum():
                 break
             served = np.minimum(served, by_kind[members, kind])
-            allowed[members] |= kinds == kind
+            allowed[members, kind] = True
     return allowed
 
 
@@ -330,12 +307,8 @@ def _check(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats, NDArray
     return first, second, usable
 
 
-def _labels(shape: tuple[int, ...], groups: ArrayLike, kinds: ArrayLike | None) -> tuple[Indices, Indices]:
-    cells, candidates = shape
-    named = np.asarray(groups), np.arange(candidates) if kinds is None else np.asarray(kinds)
-    if named[0].shape != (cells,) or named[1].shape != (candidates,):
-        raise ValueError(
-            f"groups must be ({cells},) and kinds ({candidates},), got {named[0].shape} and {named[1].shape}"
-        )
-    first, second = (np.unique(labels, return_inverse=True)[1] for labels in named)
-    return first, second
+def _labels(cells: int, groups: ArrayLike) -> Indices:
+    named = np.asarray(groups)
+    if named.shape != (cells,):
+        raise ValueError(f"groups must be ({cells},), got {named.shape}")
+    return np.unique(named, return_inverse=True)[1]
