@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import fastdit
+from fastdit.pipelines import rebind
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +152,9 @@ def test_pipeline_with_a_compiled_transformer():
     torch.testing.assert_close(tiny.run(pipe), expected, rtol=1e-4, atol=1e-4)
     pipe.disable_sparse_attention()
     assert pipe.sparse_attention is None
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_no_cuda_graph_records_what_the_operator_does():
+    """It differs from step to step, so inductor has to divide its graphs there; it goes by this tag."""
+    assert torch.Tag.cudagraph_unsafe in rebind._attention._opoverload.tags

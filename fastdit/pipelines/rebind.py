@@ -88,7 +88,11 @@ def attend_numbered(
     return _attend(LAYERS[int(layer)], q, k, v, mask, scale, None, heads_first, stock)
 
 
-@torch.library.custom_op("fastdit::attention", mutates_args=())
+# Layer, step and what a method remembers decide what it does: a CUDA graph would repeat what it did in one of them.
+_TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("fastdit::attention", mutates_args=(), **_TAGS)
 def _attention(
     q: Tensor,
     k: Tensor,

@@ -37,12 +37,14 @@ class Stopwatch:
             result = run()
             self._seconds += time.perf_counter() - start
             return result
-        if torch.cuda.is_current_stream_capturing():
+        with torch.cuda.device(device):  # of several devices the current one need not be that of the call
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
             return run()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin.record(torch.cuda.current_stream(device))
         result = run()
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         self._pending.append((begin, end))
         if len(self._pending) > MAX_PENDING:
             self._collect([pair for pair in self._pending if pair[1].query()])
