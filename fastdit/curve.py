@@ -25,8 +25,9 @@ def curve_order(grid: VideoGrid) -> Tensor:
     # A path between two corners along an even side always exists; one along an odd side only if all are odd.
     axes = sorted(range(3), key=lambda axis: (sizes[axis] % 2, -sizes[axis]))
     a, b, c = (sizes[axis] for axis in axes)
-    path = _path(a, b, c, {})
-    strides = torch.tensor([grid.frame_tokens, grid.width, 1])
+    with torch.device("cpu"):
+        path = _path(a, b, c, {})
+        strides = torch.tensor([grid.frame_tokens, grid.width, 1])
     return (path * strides[axes]).sum(1)
 
 

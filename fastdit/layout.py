@@ -65,27 +65,27 @@ class TokenLayout:
         count = tokens.grid.num_tokens
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
-        order = torch.arange(count) if order is None else order.cpu()
+        order = torch.arange(count, device="cpu") if order is None else order.cpu()
         order = order.view(-1, order.shape[-1])
-        if not torch.equal(order.sort(-1).values, torch.arange(count).expand_as(order)):
+        if not torch.equal(order.sort(-1).values, torch.arange(count, device="cpu").expand_as(order)):
             raise ValueError(f"order must list each of the {count} video tokens exactly once")
-        segments = torch.tensor([count]) if segments is None else segments.cpu()
+        segments = torch.tensor([count], device="cpu") if segments is None else segments.cpu()
         if int(segments.sum()) != count or int(segments.min()) < 1:
             raise ValueError(f"segments must be positive and add up to {count} tokens, got {segments.tolist()}")
         padded = (segments + block - 1) // block * block
         starts = padded.cumsum(0) - padded
-        within = torch.arange(count) - (segments.cumsum(0) - segments).repeat_interleave(segments)
+        within = torch.arange(count, device="cpu") - (segments.cumsum(0) - segments).repeat_interleave(segments)
         position = starts.repeat_interleave(segments) + within
         video_blocks = int(padded.sum()) // block
         end = int(position[-1]) + 1 if tokens.text_tokens == 0 else video_blocks * block + tokens.text_tokens
-        index = torch.full((order.shape[0], end), -1, dtype=torch.int64)
+        index = torch.full((order.shape[0], end), -1, dtype=torch.int64, device="cpu")
         index[:, position] = order + tokens.video.start
         if tokens.text_tokens:
-            index[:, video_blocks * block :] = torch.arange(tokens.text.start, tokens.text.stop)
-        inverse = torch.empty(order.shape[0], tokens.num_tokens, dtype=torch.int64)
+            index[:, video_blocks * block :] = torch.arange(tokens.text.start, tokens.text.stop, device="cpu")
+        inverse = torch.empty(order.shape[0], tokens.num_tokens, dtype=torch.int64, device="cpu")
         rows, positions = (index >= 0).nonzero(as_tuple=True)
         inverse[rows, index[rows, positions]] = positions
-        natural = torch.arange(tokens.num_tokens)
+        natural = torch.arange(tokens.num_tokens, device="cpu")
         identity = end == tokens.num_tokens and bool((index == natural).all())
         return cls(index.to(device), inverse.to(device), block, video_blocks, identity)
 
@@ -268,7 +268,8 @@ def axis_order(grid: VideoGrid, axes: str) -> Tensor:
     """
     if sorted(axes) != ["f", "h", "w"]:
         raise ValueError(f"axes must be a permutation of 'fhw', got {axes!r}")
-    return torch.arange(grid.num_tokens).view(grid.shape).permute(["fhw".index(a) for a in axes]).flatten()
+    places = torch.arange(grid.num_tokens, device="cpu").view(grid.shape)
+    return places.permute(["fhw".index(a) for a in axes]).flatten()
 
 
 def tile_parts(grid: VideoGrid, tile: tuple[int, int, int]) -> list[tuple[VideoGrid, tuple[int, int, int]]]:
@@ -295,6 +296,31 @@ def tile_parts(grid: VideoGrid, tile: tuple[int, int, int]) -> list[tuple[VideoG
     return [first] if grid.frames == 1 else [first, (replace(grid, frames=grid.frames - 1), tile)]
 
 
+def fitting_tile(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the tile, of as many frames and at most as many tokens as a given one, that cuts a video into the fewest.
+
+    Where tiles become blocks, the fewest have the least padding. Of shapes that cut it into equally few, the one with
+    the most whole tiles of all the tokens is taken, then the nearest to the given one.
+
+    Args:
+        grid: The video tokens.
+        tile: ``(frames, height, width)``, each at least 1. No side gets shorter than half of its own or longer than
+            twice.
+    """
+    frames, height, width = tile
+
+    def rank(shape: tuple[int, int, int]) -> tuple[int, int, float, tuple[int, int, int]]:
+        parts = tile_parts(grid, shape)
+        count = sum(math.prod(-(-n // t) for n, t in zip(part.shape, box, strict=True)) for part, box in parts)
+        whole = sum(math.prod(n // t for n, t in zip(part.shape, box, strict=True)) for part, box in parts)
+        whole = whole if math.prod(shape) == math.prod(tile) else 0
+        distance = abs(math.log(shape[1] / height)) + abs(math.log(shape[2] / width))
+        return count, -whole, round(distance, 6), shape
+
+    heights, widths = (range((side + 1) // 2, 2 * side + 1) for side in (height, width))
+    return min(((frames, h, w) for h in heights for w in widths if h * w <= height * width), key=rank)
+
+
 def tile_order(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """List the tokens of a video tile by tile; tiles at the far ends may be smaller.
 
@@ -311,7 +337,7 @@ def tile_order(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[Tensor, Ten
     """
     orders, sizes, start = [], [], 0
     for part, box in tile_parts(grid, tile):
-        axes = [torch.arange(n) // t for n, t in zip(part.shape, box, strict=True)]
+        axes = [torch.arange(n, device="cpu") // t for n, t in zip(part.shape, box, strict=True)]
         counts = [math.ceil(n / t) for n, t in zip(part.shape, box, strict=True)]
         f, h, w = torch.meshgrid(*axes, indexing="ij")
         tile_of = ((f * counts[1] + h) * counts[2] + w).flatten()

@@ -5,11 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.select import pool_tiles, tile_sizes
-from fastdit.layout import tile_order
+from fastdit.layout import fitting_tile, tile_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
+
+
+def means_of_tiles(x, spec, tile):
+    """The means of the tokens that each tile has, ``(B, H, M, D)``, tiles in the order of ``tile_order``."""
+    order, sizes = tile_order(spec.grid, tile)
+    return torch.stack([x[:, :, spec.video][:, :, tokens].mean(2) for tokens in order.split(sizes.tolist())], 2)
 
 
 def structured(spec, heads=3, dim=16):
@@ -46,26 +53,46 @@ def test_per_row_every_tile_keeps_equally_many(density, tile):
     pattern = get_method("draft", density=density, tile=tile, per_row=True).pattern(
         q, k, AttentionCall(spec), MethodState()
     )
-    blocks, sizes = pattern.mask.to_dense(), tile_sizes(spec.grid, tile)
-    scores = pool_tiles(q, spec.grid, tile) @ pool_tiles(k, spec.grid, tile).mT / 4 + sizes.log()
+    blocks, sizes = pattern.mask.to_dense(), tile_order(spec.grid, tile)[1]
+    scores = means_of_tiles(q, spec, tile) @ means_of_tiles(k, spec, tile).mT / 4 + sizes.log()
     count = math.floor(density * len(sizes) + 0.5)
     assert torch.equal(blocks, torch.zeros_like(blocks).scatter(-1, scores.topk(count).indices, True))
 
 
-@pytest.mark.parametrize("tile", [(1, 4, 4), (1, 3, 5), (2, 4, 4), (4, 2, 3), (1, 8, 16)], ids=str)
-@pytest.mark.parametrize("grid", [VideoGrid(3, 9, 11), VideoGrid(1, 7, 6), VideoGrid(4, 8, 16)], ids=str)
-def test_pooling_is_the_mean_of_the_tokens_a_tile_has(grid, tile):
-    x = torch.randn(2, 2, grid.num_tokens, 3)
-    pooled, sizes = pool_tiles(x, grid, tile), tile_sizes(grid, tile)
-    order, of_order = tile_order(grid, tile)
-    assert torch.equal(of_order, sizes) and len(sizes) == pooled.shape[2]
-    for number, tokens in enumerate(order.split(sizes.tolist())):
-        torch.testing.assert_close(pooled[:, :, number], x[:, :, tokens].mean(2))
+@pytest.mark.parametrize("tile", [(1, 3, 5), (4, 2, 3), (1, 8, 16)], ids=str)
+@pytest.mark.parametrize("text_first", [False, True])
+def test_drafts_are_of_the_tokens_a_tile_has(tile, text_first):
+    spec = TokenSpec(VideoGrid(3, 9, 11), 7, text_first)
+    q, k = structured(spec)
+    pattern = get_method("draft", density=0.3, tile=tile).pattern(q, k, AttentionCall(spec), MethodState())
+    sizes = tile_order(spec.grid, tile)[1]
+    means = (means_of_tiles(x.double(), spec, tile) for x in (q, k))
+    scores = (next(means) @ next(means).mT / 4 + sizes.double().log()).log_softmax(-1)
+    excluded = math.floor(0.7 * len(sizes) ** 2 + 1e-6)
+    expected = scores >= scores.flatten(2).sort().values[:, :, excluded, None, None]
+    expected |= torch.eye(len(sizes), dtype=torch.bool) & ~expected.any(-1, keepdim=True)
+    assert torch.equal(pattern.mask.to_dense()[:, :, :-1, :-1], expected)
 
 
-def test_pooling_sums_in_single_precision():
-    x = torch.full((1, 1, 4096, 1), 1.001, dtype=torch.bfloat16)
-    assert pool_tiles(x, VideoGrid(1, 64, 64), (1, 64, 64)).item() == pytest.approx(float(x[0, 0, 0, 0]), rel=1e-6)
+class OneDevice(TorchDispatchMode):
+    """Refuse tensors that are not on the device ``meta``, which holds no values: nothing can wait for one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", func
+        return out
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_only_the_first_draft_of_a_shape_waits_for_the_device(parts):
+    spec, state = TokenSpec(VideoGrid(2, 8, 12)), MethodState()
+    method = get_method("draft", tile=(1, 4, 4), parts=parts)
+    q = torch.empty(1, 2, spec.num_tokens, 8, device="meta")
+    method.pattern(q, q, AttentionCall(spec), state)
+    with OneDevice():
+        mask = method.pattern(q, q, AttentionCall(spec), state).mask
+    assert mask.num_q == 12
 
 
 def test_cut_off_tiles_count_for_the_tokens_they_have():
@@ -74,7 +101,7 @@ def test_cut_off_tiles_count_for_the_tokens_they_have():
     spec = TokenSpec(grid)
     q = torch.zeros(1, 1, spec.num_tokens, 8)
     pattern = get_method("draft", density=1 / 3, tile=(1, 4, 4)).pattern(q, q, AttentionCall(spec), MethodState())
-    sizes = tile_sizes(grid, (1, 4, 4)).tolist()
+    sizes = tile_order(grid, (1, 4, 4))[1].tolist()
     assert sizes == [16, 16, 8, 8, 8, 4]
     assert pattern.mask.to_dense()[0, 0].all(0).tolist() == [True, True, False, False, False, False]
 
@@ -99,7 +126,7 @@ def test_patterns_of_real_sizes(shape, text, tile):
     q, k = torch.randn(2, 1, 2, spec.num_tokens, 4)
     pattern = get_method("draft", density=0.2, tile=tile).pattern(q, k, AttentionCall(spec), MethodState())
     blocks, video = pattern.mask.to_dense(), pattern.layout.video_blocks
-    sizes = tile_sizes(spec.grid, tile)
+    sizes = tile_order(spec.grid, tile)[1]
     assert video == len(sizes)
     assert torch.equal(pattern.mask.lengths_q[0, 0, :video], sizes.int())
     assert int(pattern.mask.lengths_q.sum()) == int(pattern.mask.lengths_k.sum()) == spec.num_tokens
@@ -124,7 +151,7 @@ def test_peaked_drafts_are_ranked_where_their_softmax_is_zero():
     spec = TokenSpec(VideoGrid(2, 16, 16))
     q, k = 100 * torch.randn(2, 1, 1, spec.num_tokens, 8)
     pattern = get_method("draft", density=0.25, tile=(1, 4, 4)).pattern(q, k, AttentionCall(spec), MethodState())
-    means = [pool_tiles(x.double(), spec.grid, (1, 4, 4))[0, 0] for x in (q, k)]
+    means = [means_of_tiles(x.double(), spec, (1, 4, 4))[0, 0] for x in (q, k)]
     scores = (means[0] @ means[1].T / 8**0.5).log_softmax(-1)
     assert (scores.exp().float() > 0).sum() < 256, "the softmax tells too few apart"
     expected = scores >= scores.flatten().topk(256).values.min()
@@ -168,3 +195,47 @@ def test_bad_parts(parts):
 def test_bad_tiles(tile):
     with pytest.raises(ValueError, match="tile must be"):
         get_method("draft", tile=tile)
+
+
+REAL = {
+    "wan-480p": ((21, 30, 52), (16, 8)),
+    "wan-720p": ((21, 45, 80), (8, 16)),
+    "ltx": ((21, 15, 22), (5, 22)),
+    "mochi": ((28, 30, 53), (16, 8)),
+    "cogvideox": ((13, 30, 45), (8, 16)),
+    "hunyuan": ((33, 45, 80), (8, 16)),
+}
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_without_a_tile_the_one_of_least_padding_is_taken(model):
+    shape, expected = REAL[model]
+    grid = VideoGrid(*shape)
+    assert fitting_tile(grid, (1, 8, 16)) == (1, *expected)
+    shapes = [(1, h, w) for h in range(4, 17) for w in range(8, 33) if h * w <= 128]
+    counts = {tile: math.ceil(shape[1] / tile[1]) * math.ceil(shape[2] / tile[2]) for tile in shapes}
+    assert counts[(1, *expected)] == min(counts.values())
+    method = get_method("draft")
+    q = torch.zeros(1, 1, grid.num_tokens, 1)
+    layout = method.pattern(q, q, AttentionCall(TokenSpec(grid)), MethodState()).layout
+    assert layout.block == method.block_size == 128 and layout.video_blocks == min(counts.values()) * grid.frames
+
+
+def test_fitting_tiles_keep_frames_and_sides_in_bounds():
+    for shape in ((1, 1, 1), (3, 2, 40), (5, 40, 2), (9, 13, 7), (2, 64, 64)):
+        frames, height, width = fitting_tile(VideoGrid(*shape), (2, 4, 6))
+        assert frames == 2 and 2 <= height <= 8 and 3 <= width <= 12 and height * width <= 24
+
+
+@pytest.mark.parametrize("shape", [(4, 30, 52), (8, 15, 22), (4, 30, 53)], ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.3])
+def test_fewer_tiles_do_the_same_with_less_work(shape, density):
+    """Pairs that are computed, padding and all: fewer, while the real ones among them are as near to what was asked."""
+    spec = TokenSpec(VideoGrid(*shape))
+    q, k = torch.randn(2, 1, 2, spec.num_tokens, 8)
+    fitted, published = (
+        get_method("draft", density=density, tile=tile).pattern(q, k, AttentionCall(spec), MethodState()).mask
+        for tile in (None, (1, 8, 16))
+    )
+    assert fitted.counts.sum() < 0.8 * published.counts.sum()
+    assert abs(fitted.density - density) < min(0.05, abs(published.density - density) + 0.005)

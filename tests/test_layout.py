@@ -269,3 +269,17 @@ def test_patterns_of_chosen_blocks(text):
 def test_bad_fields_of_ordered_methods(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
         Ordered(**fields)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_default_device_of_torch_does_not_matter(order):
+    spec = TokenSpec(VideoGrid(3, 5, 6), 7)
+    expected = token_order(spec.grid, order)
+    with torch.device("meta"):
+        found = token_order(spec.grid, order)
+        layouts = [TokenLayout.build(spec, block=16, order=given) for given in (None, found)]
+        layouts.append(TokenLayout.build(spec, block=16, order=tile_order(spec.grid, (2, 3, 4))[0]))
+    assert torch.equal(found, expected)
+    x = torch.randn(1, 2, spec.num_tokens, 4)
+    for layout in layouts:
+        assert torch.equal(layout.undo(layout.apply(x)), x)

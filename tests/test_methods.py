@@ -242,3 +242,14 @@ def test_unknown_names_say_what_there_is():
         get_method("draft", densty=0.2)
     with pytest.raises(TypeError, match="it has none"):
         get_method("dense", density=0.2)
+
+
+def test_the_default_device_of_torch_does_not_matter(name):
+    call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11), 11, True))
+    q, k, _ = qkv(call.tokens)
+    method = small(name, q, k, call)
+    expected = method.pattern(q, k, call, MethodState())
+    with torch.device("meta"):
+        found = method.pattern(q, k, call, MethodState())
+    assert torch.equal(found.layout.index, expected.layout.index)
+    assert torch.equal(found.mask.to_dense(), expected.mask.to_dense())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..layout import TokenLayout, tile_order
+from ..layout import TokenLayout, fitting_tile, tile_order
 from ..tokens import AttentionCall
 from .base import BlockMethod, Pattern, check_density, register
 from .ordered import pattern_of
-from .reorder import part_scores
-from .select import by_heads, keep_top_fraction, keep_top_k, pool_tiles, top_count
+from .reorder import part_scores, pool_laid_out
+from .select import by_heads, keep_top_fraction, keep_top_k, top_count
 from .state import MethodState
+
+PUBLISHED_TILE = (1, 8, 16)
 
 
 @register("draft")
@@ -27,7 +30,9 @@ class Draft(BlockMethod):
 
     Args:
         density: Fraction of tile pairs to keep, in (0, 1]. The paper keeps 0.25 (Wan 2.1) and 0.1 (HunyuanVideo).
-        tile: ``(frames, height, width)`` tokens of a tile, at most 256 in all; (1, 8, 16) in the paper.
+        tile: ``(frames, height, width)`` tokens of a tile, at most 256 in all; (1, 8, 16) in the paper. ``None`` takes
+            the shape of at most 128 tokens of one frame that suits the grid best (``layout.fitting_tile``): tiles cut
+            off take room as whole ones do, which on small frames makes up most of the work.
         per_row: Keep the fraction in each row of the map, so that all tiles get equally many keys; not in the paper.
         parts: Runs of tokens that a tile is cut into, each with a mean of its own, a power of two up to the tokens
             of a block. More find more of the attention, and the map costs their square; 1 in the paper.
@@ -40,32 +45,23 @@ class Draft(BlockMethod):
     """
 
     density: float = 0.25
-    tile: tuple[int, int, int] = (1, 8, 16)
+    tile: tuple[int, int, int] | None = None
     per_row: bool = False
     parts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_density(self.density)
-        object.__setattr__(self, "tile", tuple(self.tile))
-        if len(self.tile) != 3 or not all(isinstance(t, int) and t >= 1 for t in self.tile) or self.tile_tokens > 256:
-            raise ValueError(
-                f"tile must be (frames, height, width) with 1 to 256 tokens in all, got {self.tile!r}; "
-                "(1, 8, 16) and (1, 8, 8) are usual"
-            )
+        if self.tile is not None:
+            object.__setattr__(self, "tile", tuple(self.tile))
+            _check_tile(self.tile)
         if type(self.parts) is not int or self.parts < 1 or self.block_size % self.parts:
             raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
 
     @property
-    def tile_tokens(self) -> int:
-        """Count the tokens of a whole tile."""
-        frames, height, width = self.tile
-        return frames * height * width
-
-    @property
     def block_size(self) -> int:
         """Return the tokens per block: those of a tile, padded to a power of two of at least 16."""
-        return max(16, 1 << (self.tile_tokens - 1).bit_length())
+        return max(16, 1 << (math.prod(self.tile or PUBLISHED_TILE) - 1).bit_length())
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Draft the attention map and keep its largest entries.
@@ -76,13 +72,13 @@ class Draft(BlockMethod):
             call: The call.
             state: Keeps the layout, which depends on the grid alone.
         """
-        grid, video = call.tokens.grid, call.tokens.video
         key = ("draft", self.tile, call.tokens, q.device)
-        layout, log_sizes = state.cache.static(key, lambda: self._layout(call, q.device))
+        layout = state.cache.static(key, lambda: self._layout(call, q.device))
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         tiles = layout.video_blocks
         if self.parts == 1:
-            draft_q, draft_k = (pool_tiles(x[:, :, video], grid, self.tile) for x in (q, k))
+            draft_q, draft_k = (pool_laid_out(layout, x)[:, :, :tiles] for x in (q, k))
+            log_sizes = layout.block_lengths[0, :tiles].float().log()
 
         def scores(part: slice) -> Tensor:
             if self.parts > 1:
@@ -101,7 +97,15 @@ class Draft(BlockMethod):
         kept = by_heads(choose, q.shape[1], q.shape[0] * (tiles * self.parts) ** 2)
         return pattern_of(layout, kept, max_count=max_count)
 
-    def _layout(self, call: AttentionCall, device: torch.device) -> tuple[TokenLayout, Tensor]:
-        order, sizes = tile_order(call.tokens.grid, self.tile)
-        layout = TokenLayout.build(call.tokens, block=self.block_size, order=order, segments=sizes, device=device)
-        return layout, sizes.to(device).float().log()
+    def _layout(self, call: AttentionCall, device: torch.device) -> TokenLayout:
+        grid = call.tokens.grid
+        order, sizes = tile_order(grid, fitting_tile(grid, PUBLISHED_TILE) if self.tile is None else self.tile)
+        return TokenLayout.build(call.tokens, block=self.block_size, order=order, segments=sizes, device=device)
+
+
+def _check_tile(tile: tuple[int, ...]) -> None:
+    if len(tile) != 3 or not all(isinstance(t, int) and t >= 1 for t in tile) or math.prod(tile) > 256:
+        raise ValueError(
+            f"tile must be (frames, height, width) with 1 to 256 tokens in all, or None, got {tile!r}; "
+            "(1, 8, 16) and (1, 8, 8) are usual"
+        )

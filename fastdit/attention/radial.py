@@ -173,10 +173,9 @@ def _ordered_blocks(grid: VideoGrid, widths: Tensor, block_size: int, order: Ten
 
 def _segments(grid: VideoGrid, block_size: int, device: torch.device | str) -> tuple[Tensor, ...]:
     """Cut blocks at frame borders: block, frame, first and last position in the frame of each piece, ``(M,)`` each."""
-    starts = torch.cat(
-        [torch.arange(0, grid.num_tokens, block_size), torch.arange(0, grid.num_tokens, grid.frame_tokens)]
-    ).unique()
-    ends = torch.cat([starts[1:], torch.tensor([grid.num_tokens])]) - 1
+    borders = [torch.arange(0, grid.num_tokens, size, device="cpu") for size in (block_size, grid.frame_tokens)]
+    starts = torch.cat(borders).unique()
+    ends = torch.cat([starts[1:], starts.new_tensor([grid.num_tokens])]) - 1
     frame = starts // grid.frame_tokens
     pieces = (starts // block_size, frame, starts - frame * grid.frame_tokens, ends - frame * grid.frame_tokens)
     return tuple(piece.to(device) for piece in pieces)

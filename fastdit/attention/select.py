@@ -9,56 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import TokenLayout, tile_parts
-from ..tokens import TokenSpec, VideoGrid
+from ..layout import TokenLayout
+from ..tokens import TokenSpec
 from .kernels.means import means_of_blocks
 
 SCORES_AT_ONCE = 1 << 24
-
-
-def pool_tiles(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
-    """Average tokens over tiles; a smaller tile at a far end is the mean of the tokens that it has.
-
-    Args:
-        x: ``(B, H, n, D)`` video tokens in raster order, any float dtype.
-        grid: The video tokens.
-        tile: ``(frames, height, width)`` of a tile, each at least 1; see ``tile_parts`` for the first frame.
-
-    Returns:
-        ``(B, H, M, D)`` fp32, tiles in the order of ``tile_order``.
-    """
-    parts = tile_parts(grid, tile)
-    runs = x.split([part.num_tokens for part, _ in parts], 2)
-    means = [_pool(run, part, box) for run, (part, box) in zip(runs, parts, strict=True)]
-    return means[0] if len(means) == 1 else torch.cat(means, 2)
-
-
-def _pool(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.unflatten(2, grid.shape)
-    for axis in (4, 3, 2):  # one axis after the other, which is many times faster than all at once on a CPU
-        size = tile[axis - 2]
-        x = x.movedim(axis, -2)
-        x = F.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size)).sum(-2, dtype=dtype).movedim(-2, axis)
-    return x.flatten(2, 4) / _sizes(grid, tile).to(x)[:, None]
-
-
-def tile_sizes(grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
-    """Count the tokens of each tile: ``(M,)`` int64, tiles in the order of ``tile_order``.
-
-    Args:
-        grid: The video tokens.
-        tile: ``(frames, height, width)`` of a tile, each at least 1; see ``tile_parts`` for the first frame.
-    """
-    return torch.cat([_sizes(part, box) for part, box in tile_parts(grid, tile)])
-
-
-def _sizes(grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
-    axes = []
-    for n, t in zip(grid.shape, tile, strict=True):
-        starts = torch.arange(0, n, t)
-        axes.append((n - starts).clamp(max=t))
-    return torch.einsum("f,h,w->fhw", *axes).flatten()
 
 
 def pool_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
@@ -130,7 +85,7 @@ def sample_tokens(lengths: Tensor, block: int, samples: int, *, heads: int, seed
 
     Source: Video-BLADE (arXiv 2508.10774), adaptive sparse attention; its code also draws padding.
     """
-    turn = torch.rand(heads, 1, block, generator=torch.Generator().manual_seed(seed)).to(lengths.device)
+    turn = torch.rand(heads, 1, block, generator=torch.Generator().manual_seed(seed), device="cpu").to(lengths.device)
     inside = torch.arange(block, device=lengths.device) < lengths[..., None]
     turn = turn.expand(inside.shape[0] if inside.ndim == 4 else 1, heads, inside.shape[-2], block)
     turn, place = turn.masked_fill(~inside, torch.inf).sort(dim=-1, stable=True)

@@ -55,7 +55,7 @@ class Diagonal(OrderedMethod):
             state: Keeps the layout.
         """
         layout = self.layout(call, q.device, state)
-        position = torch.arange(layout.video_blocks)
+        position = torch.arange(layout.video_blocks, device="cpu")
         distance = (position[:, None] - position).abs()
         rank = distance + _spread(layout.video_blocks)[torch.minimum(position[:, None], position)]
         return pattern_of(layout, _keep_lowest(rank, layout, self.density).to(q.device))
@@ -170,7 +170,7 @@ def _spread(count: int) -> Tensor:
     By the additive recurrence of the golden ratio: unlike a fixed distance, its gaps, of at most three sizes, do not
     fall into step with the rows or frames of a video, by which some places would never be seen.
     """
-    return torch.arange(count, dtype=torch.float64) * GOLDEN % 1
+    return torch.arange(count, dtype=torch.float64, device="cpu") * GOLDEN % 1
 
 
 def _keep_lowest(rank: Tensor, layout: TokenLayout, density: float) -> Tensor:
@@ -182,6 +182,6 @@ def _keep_lowest(rank: Tensor, layout: TokenLayout, density: float) -> Tensor:
     lengths = layout.block_lengths[0, : layout.video_blocks].cpu().double()
     ranks, order = rank.flatten().sort()
     pairs = torch.outer(lengths, lengths).flatten()[order].cumsum(0)
-    last = torch.cat([ranks[1:] > ranks[:-1], torch.ones(1, dtype=torch.bool)])
+    last = torch.cat([ranks[1:] > ranks[:-1], torch.ones(1, dtype=torch.bool, device="cpu")])
     nearest = (pairs[last] - density * pairs[-1]).abs().argmin()
     return rank <= ranks[last][nearest]

@@ -90,11 +90,11 @@ def _plan_head(indices: Tensor, lengths: Tensor, block_k: int) -> Plan:
         listed = lists[rows, : counts[rows[0]]].contiguous()
         added = None
         if bias:
-            padding = torch.arange(block_k) >= lengths[rows, : listed.shape[1], None]
-            added = torch.zeros(padding.shape).masked_fill(padding, -torch.inf).flatten(1)[:, None, None]
+            padding = torch.arange(block_k, device="cpu") >= lengths[rows, : listed.shape[1], None]
+            added = torch.zeros(padding.shape, device="cpu").masked_fill(padding, -torch.inf).flatten(1)[:, None, None]
         consecutive = len(rows) == 1 and bool((listed[0].diff() == 1).all()) and used > 0
         groups.append(Group(start, share, listed, used, added, int(listed[0, 0]) if consecutive else None))
-        order.append(by_list[starts[rows][:, None] + torch.arange(share)].flatten())
+        order.append(by_list[starts[rows][:, None] + torch.arange(share, device="cpu")].flatten())
         start += len(order[-1])
     order = torch.cat(order)
     return Plan(order, order.argsort(), groups, bool((order.diff() == 1).all()))
