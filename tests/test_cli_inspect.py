@@ -52,6 +52,22 @@ def test_tables_and_pictures_of_a_plan(file, tmp_path):
     assert run("inspect", file, "--quiet").output == ""
 
 
+def test_errors_have_their_spread_and_recall_beside_them(file, tmp_path):
+    found = Plan.load(file).transformers["transformer"]
+    for where in ((), ("--layer", 0, "--head", 0)):
+        text = run("inspect", file, *where).stdout
+        assert "of samples" in text and "recall" in text and "75%" in text
+    mean, std = (100 * values[0][0][0] for values in (found.error_means, found.error_stds))
+    assert f"{mean:.1f}% ± {std:.1f}%" in text
+    # plans of earlier versions have neither
+    values = json.loads(file.read_text())
+    for name in ("error_means", "error_stds", "recalls"):
+        del values["transformers"]["transformer"][name]
+    file.write_text(json.dumps(values))
+    assert "of samples" not in run("inspect", file).stdout
+    assert run_json("inspect", file)["layers"]["transformer"][0]["recall"] is None
+
+
 def test_one_head(file, tmp_path):
     value = run_json("inspect", file, "--layer", 0, "--head", 0, "-o", tmp_path)
     assert [row["method"] for row in value["head"]["buckets"]] == ["dense", "draft"]

@@ -29,7 +29,8 @@ CANDIDATES = (
 def transformer_plan(choices, seed=0, frames=3, **changes):
     rng = np.random.default_rng(seed)
     choices = np.array(choices)
-    cells = {name: rng.random(choices.shape) for name in ("errors", "densities", "seconds")}
+    names = ("errors", "densities", "seconds", "error_means", "error_stds", "recalls")
+    cells = {name: rng.random(choices.shape) for name in names}
     about = {"model_class": "WanTransformer3DModel", "config_hash": "0123456789abcdef", "head_dim": 16}
     about["frame_mass"] = rng.random((*choices.shape[1:], frames))
     return TransformerPlan(**(about | {"choices": choices} | cells | changes))

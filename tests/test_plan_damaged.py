@@ -108,6 +108,13 @@ DAMAGED = {
         "densities[0][0][0] must be a number in [0, 1], got 1.1",
     ),
     "seconds are null": (at(*MODEL, "seconds", 0, 0, 0, to=None), "seconds[0][0][0] must be a number"),
+    "spread negative": (at(*MODEL, "error_stds", 0, 0, 0, to=-1), "error_stds[0][0][0] must be a number of at least 0"),
+    "mean is null": (at(*MODEL, "error_means", 0, 0, 0, to=None), "error_means[0][0][0] must be a number"),
+    "recall above 1": (at(*MODEL, "recalls", 0, 0, 0, to=1.5), "recalls[0][0][0] must be a number in [0, 1], got 1.5"),
+    "recall of one layer": (
+        at(*MODEL, "recalls", 0, to=[[None, 1]]),
+        "recalls[0] must be a list of 2, got a list of 1",
+    ),
     "class is code": (at(*MODEL, "model_class", to="__import__('os')"), "model_class must be the name of a class"),
     "hash is no hash": (at(*MODEL, "config_hash", to="xyz"), "config_hash must be a hash"),
     "head dim": (at(*MODEL, "head_dim", to="16"), "head_dim must be a whole number"),

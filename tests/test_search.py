@@ -73,8 +73,10 @@ def test_a_plan_holds_what_was_asked_for_and_runs(tmp_path):
     # buckets hold one step and two
     densities = np.array(found.densities)
     assert np.average(densities.mean((1, 2)), weights=[1, 2]) == pytest.approx(plan.density, abs=1e-5)
-    for name in ("choices", "errors", "seconds"):
+    for name in ("choices", "errors", "seconds", "error_means", "error_stds", "recalls"):
         assert np.array(getattr(found, name)).shape == (2, 2, tiny.HEADS)
+    assert np.all(np.array(found.error_means) <= np.array(found.errors) + 1e-6) and np.array(found.error_stds).max() > 0
+    assert np.array(found.recalls, float)[np.array(found.densities) < 1].max() < 1
     assert np.array(found.frame_mass).shape == (2, tiny.HEADS, 3)
     np.testing.assert_allclose(np.sum(found.frame_mass, -1), 1, atol=1e-5)
     plan.save(tmp_path / "plan.json")

@@ -27,7 +27,9 @@ GRID = VideoGrid(3, 5, 7)
 
 def some_plan(choices, methods=METHODS, titles=("transformer",), tokens=None, **changes):
     choices = np.array(choices)
-    cells = {name: np.random.default_rng(0).random(choices.shape) for name in ("errors", "densities", "seconds")}
+    names = ("errors", "densities", "seconds", "error_means", "error_stds")
+    cells = {name: np.random.default_rng(seed).random(choices.shape) for seed, name in enumerate(names)}
+    cells["recalls"] = np.where(choices == 5, None, 0.75 + 0 * choices)  # of a method without blocks it is unknown
     about = {"model_class": "WanTransformer3DModel", "config_hash": "0123456789abcdef", "head_dim": 16}
     about["frame_mass"] = np.random.default_rng(1).random((*choices.shape[1:], 3)) / 3
     edges = tuple((i + 1) / len(choices) for i in range(len(choices)))
@@ -93,7 +95,12 @@ def test_tables_average_what_was_chosen():
     assert rows[0]["same_frame"] == pytest.approx(np.mean([row[0] for row in found.frame_mass[0]]))
     assert rows[1]["density"] == pytest.approx(densities[:, 1].mean())
     assert rows[0]["error"] == pytest.approx(np.sqrt((errors[:, 0] ** 2).sum(1).mean()))
+    for name, of_heads in (("error_mean", found.error_means), ("error_std", found.error_stds)):
+        assert rows[1][name] == pytest.approx(np.sqrt((np.array(of_heads)[:, 1] ** 2).sum(1).mean()))
+    assert [row["recall"] for row in rows] == [0.75, 0.75]
     head = head_choices(plan, "transformer", 0, 0)
+    assert [row["error_std"] for row in head] == [bucket[0][0] for bucket in found.error_stds]
+    assert [row["recall"] for row in head_choices(plan, "transformer", 1, 2)] == [None, None]
     assert [row["name"] for row in head] == ["dense", "draft density=0.1 compensate=mean"]
     assert [row["error"] for row in head] == [bucket[0][0] for bucket in found.errors]
 

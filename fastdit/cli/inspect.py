@@ -114,12 +114,13 @@ def _head(plan: Plan, title: str, layer: int, head: int) -> dict[str, Any]:
 
 
 def _layer_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = plain_table(title, "layer", "density", "error", "same frame", "methods")
+    sampled = _sampled(rows)
+    table = plain_table(title, "layer", "density", "error", *sampled, "same frame", "methods")
     table.columns[-1].justify = "left"
     for row in rows:
         methods = ", ".join(f"{share:.0%} {name}" for name, share in row["methods"].items())
-        numbers = number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}"), number(row["same_frame"], "{:.0%}")
-        add_row(table, str(row["layer"]), *numbers, methods)
+        numbers = number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}"), *_samples(row, sampled)
+        add_row(table, str(row["layer"]), *numbers, number(row["same_frame"], "{:.0%}"), methods)
     table.caption = "means over step buckets; errors of the layer's output; dense attention within a frame"
     table.caption_justify = "left"
     return table
@@ -127,12 +128,23 @@ def _layer_table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def _head_table(value: dict[str, Any]) -> Table:
     title = f"{value['transformer']}, layer {value['layer']}, head {value['head']}"
-    table = plain_table(title, "steps", "method", "density", "error", "time")
+    sampled = _sampled(value["buckets"])
+    table = plain_table(title, "steps", "method", "density", "error", *sampled, "time")
     table.columns[1].justify = "left"
     for row in value["buckets"]:
-        density, error = number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}")
-        add_row(table, row["bucket"], row["name"], density, error, number(1000 * row["seconds"], "{:.3g} ms"))
+        numbers = number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}"), *_samples(row, sampled)
+        add_row(table, row["bucket"], row["name"], *numbers, number(1000 * row["seconds"], "{:.3g} ms"))
     return table
+
+
+def _sampled(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the headings of what is known of single samples: plans of earlier versions do not say it."""
+    return () if rows[0]["error_mean"] is None else ("of samples", "recall")
+
+
+def _samples(row: dict[str, Any], sampled: tuple[str, ...]) -> list[str]:
+    spread = f"{number(row['error_mean'], '{:.1%}')} ± {number(row['error_std'], '{:.1%}')}"
+    return [spread, number(row["recall"], "{:.0%}")] if sampled else []
 
 
 def _draw_plan(plan: Plan, titles: list[str]) -> Iterator[tuple[str, Figure]]:

@@ -26,6 +26,7 @@ SCHEMA = 1
 _TITLE = r"[a-z][a-z0-9_]{0,63}"
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,127}"
 _CELLS = {"errors": (0.0, MAX_NUMBER), "densities": (0.0, 1.0), "seconds": (0.0, MAX_NUMBER)}
+_SAMPLED = {"error_means": (0.0, MAX_NUMBER), "error_stds": (0.0, MAX_NUMBER), "recalls": (0.0, 1.0)}
 _RUN = ("steps", "scheduler", "guidance", "prompts", "precision")
 _EXPECTED = ("density", "speedup", "error")
 _ENTRIES = (
@@ -63,6 +64,10 @@ class TransformerPlan:
         seconds: ``(buckets, layers, heads)`` time expected of one call's head, in seconds, at least 0.
         frame_mass: ``(layers, heads, frames)`` dense attention on the same frame, one frame apart, and so on, each in
             [0, 1]; empty where it was not measured.
+        error_means: ``(buckets, layers, heads)`` mean over prompts, steps and guidance passes of the error, of which
+            ``errors`` is an upper quantile, at least 0; empty if unknown, like the next two.
+        error_stds: ``(buckets, layers, heads)`` standard deviation of it, likewise.
+        recalls: ``(buckets, layers, heads)`` mean attention mass covered, in [0, 1]; ``None`` where it is unknown.
     """
 
     model_class: str
@@ -73,9 +78,12 @@ class TransformerPlan:
     densities: Sequence[Sequence[Sequence[float]]]
     seconds: Sequence[Sequence[Sequence[float]]]
     frame_mass: Sequence[Sequence[Sequence[float]]] = ()
+    error_means: Sequence[Sequence[Sequence[float]]] = ()
+    error_stds: Sequence[Sequence[Sequence[float]]] = ()
+    recalls: Sequence[Sequence[Sequence[float | None]]] = ()
 
     def __post_init__(self) -> None:
-        for name in ("choices", *_CELLS, "frame_mass"):
+        for name in ("choices", *_CELLS, *_SAMPLED, "frame_mass"):
             value = getattr(self, name)
             if hasattr(value, "tolist"):
                 object.__setattr__(self, name, value.tolist())
@@ -322,7 +330,7 @@ def _read(plan: Item, candidates: int) -> dict[str, Any]:
 
 def _read_transformer(item: Item, buckets: int, candidates: int, frames: int) -> TransformerPlan:
     entries = item.entries(
-        ("model_class", "config_hash", "head_dim", "layers", "heads", "choices", *_CELLS, "frame_mass")
+        ("model_class", "config_hash", "head_dim", "layers", "heads", "choices", *_CELLS, "frame_mass"), _SAMPLED
     )
     layers, heads = (entries[name].integer(1, 100_000) for name in ("layers", "heads"))
 
@@ -333,6 +341,11 @@ def _read_transformer(item: Item, buckets: int, candidates: int, frames: int) ->
         name: _tuples([[[x.number(*limits) for x in row] for row in bucket] for bucket in cells(name)])
         for name, limits in _CELLS.items()
     }
+    for name, limits in _SAMPLED.items():
+        if name in entries and entries[name].value:
+            numbers[name] = _tuples(
+                [[[_known(x, limits, name) for x in row] for row in bucket] for bucket in cells(name)]
+            )
     choices = [[[x.integer(0, candidates - 1) for x in row] for row in bucket] for bucket in cells("choices")]
     return TransformerPlan(
         model_class=entries["model_class"].text(_NAME, called="the name of a class"),
@@ -345,6 +358,10 @@ def _read_transformer(item: Item, buckets: int, candidates: int, frames: int) ->
             for layer in entries["frame_mass"].items(layers if entries["frame_mass"].value else 0)
         ),
     )
+
+
+def _known(item: Item, limits: tuple[float, float], name: str) -> float | None:
+    return None if name == "recalls" and item.value is None else item.number(*limits)
 
 
 def _read_tokens(item: Item) -> TokenSpec:

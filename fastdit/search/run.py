@@ -257,6 +257,8 @@ def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model
     def pick(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, chosen[..., None], -1)[..., 0]
 
+    recall = pick(cells.recall).clip(0, 1).astype(object)
+    recall[np.isnan(pick(cells.recall))] = None
     return TransformerPlan(
         model_class=type(transformer).__name__,
         config_hash=config_hash(dict(config)),
@@ -265,5 +267,8 @@ def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model
         errors=pick(cells.error).tolist(),
         densities=pick(cells.density).tolist(),
         seconds=pick(cells.seconds(model)).tolist(),
+        error_means=pick(cells.error_mean).tolist(),
+        error_stds=pick(cells.error_std).tolist(),
+        recalls=recall.tolist(),
         frame_mass=cells.mass.clip(0, 1).tolist() if cells.mass.any() else (),
     )

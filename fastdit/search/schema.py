@@ -44,11 +44,12 @@ class Item:
         """
         raise PlanError(f"{self.place or 'the plan'} must be {expected}, got {shown(self.value)}")
 
-    def entries(self, names: Collection[str] | None = None) -> dict[str, Item]:
+    def entries(self, names: Collection[str] | None = None, optional: Collection[str] = ()) -> dict[str, Item]:
         """Return the entries of an object.
 
         Args:
             names: The names it must have, all of them and no others; default: any.
+            optional: Other names that it may have.
 
         Raises:
             PlanError: It is no object, or has other names.
@@ -57,7 +58,7 @@ class Item:
             self.fail("an object")
         where = f"{self.place}." if self.place else ""
         if names is not None:
-            missing, unknown = set(names) - set(self.value), set(self.value) - set(names)
+            missing, unknown = set(names) - set(self.value), set(self.value) - {*names, *optional}
             for wrong, fault in ((missing, "is missing"), (unknown, "is unknown")):
                 if wrong:
                     known = f"{self.place or 'a plan'} has: {', '.join(sorted(names))}"

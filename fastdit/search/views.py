@@ -14,6 +14,7 @@ from ..attention.paro_plan import ParoPlan
 from .plan import Plan
 
 _CELLS = ("choices", "densities", "errors", "seconds")
+_SAMPLED = ("error_means", "error_stds", "recalls")
 
 
 def short_names(candidates: Sequence[AttentionMethod]) -> list[str]:
@@ -115,21 +116,31 @@ def layers(plan: Plan, title: str) -> list[dict[str, Any]]:
         title: The transformer.
 
     Returns:
-        For each layer its index, mean density, error, share of dense attention on a query's own frame where that was
-        measured, and which methods have which share of its heads and step
-        buckets. The error is that of the layer's output, as if its heads erred apart, a root mean square over buckets.
+        For each layer its index, mean density, error, mean and spread of the error over samples, mean attention mass
+        covered by the heads of which it is known, share of dense attention on a query's own frame, and which methods
+        have which share of its heads and step buckets. Errors and spread are those of the layer's output, as if its
+        heads erred apart, root mean squares over buckets. What was not measured is ``None``.
     """
     found = plan.transformers[title]
     choices, errors, densities = (np.array(getattr(found, name)) for name in ("choices", "errors", "densities"))
-    buckets, mass = len(plan.buckets), found.frame_mass
+    mass = found.frame_mass
+    recalls = np.array(found.recalls or np.full(choices.shape, None), np.float64)
     rows = []
+
+    def whole(values: Any, layer: int) -> float | None:
+        # of a layer, from those of its heads
+        return float(np.sqrt(np.square(np.array(values)[:, layer]).sum() / len(plan.buckets))) if len(values) else None
+
     for layer in range(found.layers):
         count = Counter(plan.candidates[index].name for index in choices[:, layer].flat)
         rows.append(
             {
                 "layer": layer,
                 "density": float(densities[:, layer].mean()),
-                "error": float(np.sqrt(np.square(errors[:, layer]).sum() / buckets)),
+                "error": whole(errors, layer),
+                "error_mean": whole(found.error_means, layer),
+                "error_std": whole(found.error_stds, layer),
+                "recall": _mean(recalls[:, layer]),
                 "same_frame": float(np.mean([row[0] for row in mass[layer]])) if mass else None,
                 "methods": {name: n / choices[:, layer].size for name, n in count.most_common()},
             }
@@ -147,7 +158,10 @@ def head_choices(plan: Plan, title: str, layer: int, head: int) -> list[dict[str
         head: Index of the head, from 0.
     """
     found, names = plan.transformers[title], short_names(plan.candidates)
-    cells = [[bucket[layer][head] for bucket in getattr(found, name)] for name in _CELLS]
+    cells = [
+        [bucket[layer][head] for bucket in getattr(found, name) or np.full(np.shape(found.choices), None)]
+        for name in (*_CELLS, *_SAMPLED)
+    ]
     return [
         {
             "bucket": name,
@@ -156,14 +170,24 @@ def head_choices(plan: Plan, title: str, layer: int, head: int) -> list[dict[str
             "fields": plan.candidates[index].describe(),
             "density": density,
             "error": error,
+            "error_mean": mean,
+            "error_std": std,
+            "recall": recall,
             "seconds": seconds,
         }
-        for name, index, density, error, seconds in zip(bucket_names(plan.buckets), *cells, strict=True)
+        for name, index, density, error, seconds, mean, std, recall in zip(
+            bucket_names(plan.buckets), *cells, strict=True
+        )
     ]
 
 
 def _joined(plan: Plan, name: str) -> np.ndarray:
     return np.concatenate([np.array(getattr(found, name)).ravel() for found in plan.transformers.values()])
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else None
 
 
 def _brief(value: Any) -> str:
