@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from fastdit.attention import get_method
-from fastdit.cli.results import mean_decibels
+from fastdit.metrics import mean_psnr
 from fastdit.search.candidates import read_call
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def average(rows: list[dict]) -> dict:
     """Average rows of one setting over clips; PSNR is that of the mean squared error, as everywhere in fastdit."""
     numbers = ("density", "overall_density", "ssim", "accuracy")
     found = {name: mean(row[name] for row in rows) for name in numbers}
-    psnr = float(mean_decibels(row["psnr"] for row in rows))
+    psnr = mean_psnr(float(row["psnr"]) for row in rows)
     return rows[0] | found | {"psnr": psnr, "clips": len(rows), "each": {row["prompt"]: row["psnr"] for row in rows}}
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     {"tokens", "schedule", "metrics"},
-    {"curve", "files"},
+    {"curve", "files", "packages"},
     {"layout", "mask"},
     {"attention.kernels"},
     {"attention"},

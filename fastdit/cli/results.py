@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
+from ..packages import installed_version
 from .screen import add_row, number, plain_table
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "xformers", "imageio-ffmpeg")
@@ -29,13 +29,8 @@ def versions() -> dict[str, str | None]:
     """Return the versions of Python, fastdit and what it runs on; ``None`` for what is not installed."""
     from .. import __version__
 
-    found: dict[str, str | None] = {"fastdit": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    own = {"fastdit": __version__, "python": platform.python_version()}
+    return {**own, **{package: installed_version(package) for package in PACKAGES}}
 
 
 def decibels(value: float) -> float | str:

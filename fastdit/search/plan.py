@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..attention import AttentionMethod
 from ..attention.kernels import list_precisions
 from ..attention.table import Table
 from ..files import moved_when_complete
+from ..packages import installed_version
 from ..schedule import Schedule, check_edges
 from ..tokens import TokenSpec, VideoGrid
 from .schema import MAX_NUMBER, Item, PlanError, read_json, shown, write_json
@@ -41,13 +41,6 @@ _ENTRIES = (
     "cost_model",
     "fastdit",
 )
-
-
-def _installed_version() -> str:
-    try:
-        return version("fastdit")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +137,7 @@ class Plan:
     curve_unit: str = "density"
     cost_model: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
-    fastdit: str = field(default_factory=_installed_version)
+    fastdit: str = field(default_factory=lambda: installed_version("fastdit") or "unknown")
 
     def __post_init__(self) -> None:
         candidates = tuple(self.candidates)
