@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,38 +20,26 @@ import typer
 from torch import Tensor
 
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.kernels import block_sparse_attention, list_precisions
+from fastdit.attention.kernels import block_sparse_attention, fa4, list_precisions, triton_attention
 from fastdit.attention.kernels.options import VARIANTS, Options
 from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, Config, table_arch
 from fastdit.attention.linear import linear_attention
-from fastdit.bench.contenders import Contender, Run, Unavailable, contenders, prepare
+from fastdit.bench.contenders import Contender, Run, Unavailable, contenders, failure, prepare
 from fastdit.bench.jobs import Job, Outcome, run_job
 from fastdit.bench.kernels import kernel_jobs, random_blocks, random_tensors
 from fastdit.bench.measure import extra_memory, interleaved
-from fastdit.bench.problems import Problem
 from fastdit.bench.rows import Store, environment
-from fastdit.bench.verify import fault
+from fastdit.bench.verify import fault, poisoned_empty
 from fastdit.mask import BlockMask
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
+
+from .problems import Problem, problem_of
 
 BLOCKS = (128, 128)
 DENSITIES = (0.2, 0.1, 0.05, 1.0)  # the last is our own dense attention
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 METHODS = ("draft", "adaspa", "sla")
 LOW = tuple(f"-{precision}" for precision in list_precisions())
-
-
-def problem_of(tokens: int, head_dim: int, heads: int) -> Problem:
-    """Make a problem of a round number of tokens.
-
-    Args:
-        tokens: A multiple of 256.
-        head_dim: Channels of a head, at least 16.
-        heads: At least 1.
-    """
-    frame = (32, 32) if tokens % 1024 == 0 else (16, 16)
-    grid = VideoGrid(tokens // (frame[0] * frame[1]), *frame)
-    return Problem(f"{tokens}-tokens-{heads}x{head_dim}", 1, heads, head_dim, TokenSpec(grid))
 
 
 def suite(device: str, *, tiny: bool = False) -> list[Job]:
@@ -108,11 +94,15 @@ def check_job(head_dim: int, dtype: torch.dtype, device: str, *, tiny: bool = Fa
         q, k, v = random_tensors(problem, dtype, device)
         mask = random_blocks(problem, 0.3, BLOCKS).to(device)
         for part in todo:
+            reason = _refusal(q, k, v, mask, **parts[part])
+            if reason is not None:
+                outcome.absent[part] = reason
+                continue
             try:
                 with poisoned_empty(), torch.no_grad():
                     out, _ = block_sparse_attention(q, k, v, mask, **{"kernel": "triton", **parts[part]})
-            except (RuntimeError, ValueError) as error:
-                outcome.absent[part] = str(error).splitlines()[0][:200]
+            except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the next part is tried
+                outcome.faults[part] = failure(error)
                 continue
             if part == "mean":
                 exact, _ = block_sparse_attention(
@@ -143,7 +133,12 @@ def of_settings(head_dim: int, device: str) -> list[Contender]:
     key = (table_arch(capability), head_dim, 16)
     known = [c for c in (*TABLE[key], *CANDIDATES.get(key, ())) if c.tile_q >= 64]
     ours = [
-        Contender(f"{c.tile_q}x{c.tile_k}x{c.num_warps}x{c.num_stages}-{c.variant}", True, partial(_with_setting, c))
+        Contender(
+            f"{c.tile_q}x{c.tile_k}x{c.num_warps}x{c.num_stages}-{c.variant}",
+            True,
+            partial(_with_setting, c),
+            ours=True,
+        )
         for c in known
     ]
     return [c for c in contenders() if c.name in ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "fastdit-fa4")] + ours
@@ -152,12 +147,23 @@ def of_settings(head_dim: int, device: str) -> list[Contender]:
 def _with_setting(config: Config, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     from fastdit.attention.kernels.triton_fwd import block_sparse_fwd
 
+    reason = _refusal(q, k, v, mask, variant=config.variant)
+    if reason is not None:
+        raise Unavailable(reason)
     options = Options(q.shape[-1] ** -0.5)
     return lambda: block_sparse_fwd(q, k, v, mask, options, config)[0]
 
 
+def _refusal(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str = "triton", **how: str) -> str | None:
+    """Ask a kernel why it cannot run a call; what it does not refuse it has to run."""
+    module = {"triton": triton_attention, "fa4": fa4}[kernel]
+    precision = how.get("precision", "").partition(" ")[0] or None
+    options = Options(q.shape[-1] ** -0.5, how.get("compensate"), precision, how.get("variant"))
+    return module.available() or module.check(q, k, v, mask, options)
+
+
 def method_job(problem: Problem, device: str, repeats: int) -> Job:
-    """Time the choice of blocks beside the whole attention of a method, at density 0.1.
+    """Time the choice of blocks beside the whole attention of a method, at density 0.1, and dense attention.
 
     Args:
         problem: The problem.
@@ -168,14 +174,15 @@ def method_job(problem: Problem, device: str, repeats: int) -> Job:
     @torch.no_grad()
     def run(todo: Collection[str], advance: Callable[[], None]) -> Outcome:
         q, k, v = random_tensors(problem, torch.bfloat16, device)
-        call, runs = AttentionCall(problem.tokens), {}
+        call = AttentionCall(problem.tokens)
+        runs: dict[str, Callable[[], Any]] = {"dense": lambda: F.scaled_dot_product_attention(q, k, v)}
         for name in METHODS:
             method = get_method(name, density=0.1)
             runs[f"{name} choice"] = partial(lambda m: m.pattern(q, k, call, MethodState()), method)
             runs[f"{name} whole"] = partial(lambda m: m.forward(q, k, v, call, MethodState()), method)
         return _times({part: runs[part] for part in todo}, device, repeats, advance)
 
-    parts = tuple(f"{name} {what}" for name in METHODS for what in ("choice", "whole"))
+    parts = ("dense", *(f"{name} {what}" for name in METHODS for what in ("choice", "whole")))
     return Job("methods", problem.name, parts, run, about={"problem": problem.describe()})
 
 
@@ -199,11 +206,15 @@ def backward_job(problem: Problem, density: float, device: str, repeats: int) ->
                 forward, out = prepare(known[part], *tensors, mask)
                 grad = torch.randn_like(out)
                 torch.autograd.grad(out, tensors, grad)
-            except (Unavailable, RuntimeError) as error:
-                outcome.absent[part] = str(error).splitlines()[0][:200]
+            except Unavailable as error:
+                outcome.absent[part] = str(error)
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the next part is tried
+                (outcome.faults if known[part].ours else outcome.absent)[part] = failure(error)
                 continue
             runs[part] = partial(lambda f, g: torch.autograd.grad(f(), tensors, g), forward, grad)
-        return replace(_times(runs, device, repeats, advance), absent=outcome.absent)
+        timed = _times(runs, device, repeats, advance)
+        return Outcome(timed.rows, outcome.absent, outcome.faults | timed.faults)
 
     parts = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "flex", "fastdit-fa4", "fastdit-triton")
     return Job("backward", f"{problem.name} @{density:g}", parts, run, about={"problem": problem.describe()})
@@ -234,8 +245,12 @@ def sla_check_job(head_dim: int, dtype: torch.dtype, device: str) -> Job:
 
         for part in todo:
             case = part.split()[0], blocks.to(device) if parts[part] else None
-            with poisoned_empty():
-                found = results(*case, "triton", tensors)
+            try:
+                with poisoned_empty():
+                    found = results(*case, "triton", tensors)
+            except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the next part is tried
+                outcome.faults[part] = failure(error)
+                continue
             exact, eager = (results(*case, "eager", [x.to(t) for x in tensors]) for t in (torch.float64, dtype))
             for name, x, y, z in zip(("out", "dq", "dk", "dv"), found, exact, eager, strict=True):
                 error, budget = (
@@ -287,35 +302,25 @@ def sla_job(problem: Problem, density: float, device: str, repeats: int) -> Job:
     return Job("sla", f"{problem.name} @{density:g}", tuple(parts), run, about={"problem": problem.describe()})
 
 
-@contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Fill what torch.empty makes with NaN, so that what a kernel does not write shows."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
-            out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() and out.dtype.itemsize > 1 else out
-
-        return wrapped
-
-    with ExitStack() as stack:
-        for name in ("empty", "empty_like", "empty_strided"):
-            stack.enter_context(patch.object(torch, name, poison(getattr(torch, name))))
-        yield
-
-
 def _titled(benchmark: str, jobs: list[Job]) -> list[Job]:
     return [replace(job, benchmark=benchmark) for job in jobs]
 
 
 def _times(runs: dict[str, Callable[[], Any]], device: str, repeats: int, advance: Callable[[], None]) -> Outcome:
-    memory = {part: extra_memory(run, device) for part, run in runs.items()}
-    times = interleaved(runs, device, repeats=repeats, advance=advance)
+    memory, faults = {}, {}
+    for part, run in runs.items():
+        try:
+            run()
+            memory[part] = extra_memory(run, device)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the others are timed
+            faults[part] = failure(error)
+    sound = {part: run for part, run in runs.items() if part in memory}
+    times = interleaved(sound, device, repeats=repeats, advance=advance)
     rows = {
         part: {"seconds": t.seconds, "seconds_spread": t.spread, "repeats": len(t.samples), "extra_bytes": memory[part]}
         for part, t in times.items()
     }
-    return Outcome(rows)
+    return Outcome(rows, faults=faults)
 
 
 def main(
@@ -351,7 +356,10 @@ def main(
             left.append(f"{job.benchmark} {job.name}")
             continue
         begun = time.monotonic()
-        faults = run_job(job, store, about)
+        try:
+            faults = run_job(job, store, about)
+        except Exception as error:  # noqa: BLE001 - what goes wrong in one job must not cost the others
+            faults = {job.name: failure(error)}
         wrong |= faults
         print(
             f"{job.benchmark:14} {job.name}: {time.monotonic() - begun:.0f} s{''.join(f', WRONG {f}' for f in faults)}"

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from benches import gpu_suite
+from fastdit.bench.contenders import Contender
+from fastdit.bench.jobs import Job, Outcome
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,9 +51,60 @@ def test_a_wrong_kernel_gives_no_row(monkeypatch):
         return torch.ones_like(q), torch.zeros(q.shape[:3])
 
     monkeypatch.setattr(gpu_suite, "block_sparse_attention", wrong)
+    monkeypatch.setattr(gpu_suite, "_refusal", lambda *_, **__: None)
     job = gpu_suite.check_job(64, torch.bfloat16, "cpu", tiny=True)
     outcome = job.run(job.parts, lambda: None)
     assert not outcome.rows and set(outcome.faults) == set(job.parts)
+
+
+class CompilationError(Exception):
+    """Stand in for Triton's, which is no RuntimeError either."""
+
+
+def fail(*_, **__):
+    raise CompilationError("at 3:4\nmore")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_only_what_a_kernel_refuses_is_absent(monkeypatch):
+    job = gpu_suite.check_job(64, torch.bfloat16, "cpu", tiny=True)
+    refused = job.run(job.parts, lambda: None)
+    assert set(refused.absent) == set(job.parts) and not refused.faults
+    monkeypatch.setattr(gpu_suite, "_refusal", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_suite, "block_sparse_attention", fail)
+    crashed = job.run(("tma", "mean"), lambda: None)
+    assert crashed.faults == dict.fromkeys(("tma", "mean"), "CompilationError: at 3:4") and not crashed.absent
+
+
+def test_a_crash_is_a_fault_and_the_rest_is_timed(monkeypatch):
+    timed = gpu_suite._times({"broken": fail, "sound": lambda: None}, "cpu", 1, lambda: None)
+    assert timed.faults == {"broken": "CompilationError: at 3:4"} and set(timed.rows) == {"sound"}
+    problem = gpu_suite.problem_of(256, 16, 1)
+    monkeypatch.setattr(gpu_suite, "linear_attention", fail)
+    checks = gpu_suite.sla_check_job(16, torch.float32, "cpu")
+    assert set(checks.run(checks.parts, lambda: None).faults) == set(checks.parts)
+    known = [Contender("fastdit-triton", True, fail, ours=True), Contender("sdpa-flash", False, fail)]
+    monkeypatch.setattr(gpu_suite, "contenders", lambda: known)
+    outcome = gpu_suite.backward_job(problem, 1.0, "cpu", 1).run(("fastdit-triton", "sdpa-flash"), lambda: None)
+    assert set(outcome.faults) == {"fastdit-triton"} and set(outcome.absent) == {"sdpa-flash"}
+
+
+def test_a_job_that_crashes_does_not_end_the_run(monkeypatch, tmp_path, capsys):
+    jobs = [
+        Job("check", "broken", ("a",), fail),
+        Job("check", "sound", ("a",), lambda todo, advance: Outcome({"a": {"right": True}})),
+    ]
+    monkeypatch.setattr(gpu_suite, "suite", lambda *_, **__: jobs)
+    with pytest.raises(typer.Exit) as end:
+        gpu_suite.main(tmp_path, device="cpu")
+    assert end.value.exit_code == 1
+    assert "wrong: broken: CompilationError: at 3:4" in capsys.readouterr().err
+    assert [json.loads(line)["job"] for line in (tmp_path / "gpu.jsonl").read_text().splitlines()] == ["sound"]
+
+
+def test_methods_have_dense_attention_beside_them():
+    job = gpu_suite.method_job(gpu_suite.problem_of(512, 64, 1), "cpu", 1)
+    assert set(job.run(("dense", "draft choice"), lambda: None).rows) == {"dense", "draft choice"}
 
 
 def test_what_is_not_written_shows():
