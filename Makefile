@@ -42,8 +42,9 @@ demo: $(VENV)/.ready  ## Make a video, sparse and dense, and say how they compar
 	@echo "the videos are in $(abspath $(dir $(OUTPUT)))"
 
 .PHONY: results
-results: demo  ## Put the pictures and numbers of `make demo` into the README
-	$(PY) docs/results.py "$(basename $(OUTPUT)).json"
+results: demo  ## Put the pictures and numbers of `make demo` into the README, and keep them in benches/results
+	cp "$(basename $(OUTPUT)).json" benches/results/demo.json
+	$(PY) docs/results.py benches/results/demo.json
 
 .PHONY: test
 test: $(VENV)/.ready-dev  ## Run all tests

@@ -104,6 +104,23 @@ def margins_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def costs(name: str) -> str:
+    """Return what a search took, and how fast its plan expected attention to be and found it."""
+    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    files = sorted(RESULTS.glob(f"{Path(name).stem}-run-*.json"))
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    minutes, seconds = divmod(round(found["search_seconds"]), 60)
+    plan = f"the plan of density {found['density']:.3f}"
+    text = f"The search for {plan} took {minutes} min {seconds} s on {found['device']}."
+    if runs:
+        times = " and ".join(f"{run['speedup_attention']:.2f}" for run in runs)
+        text += (
+            f"\nIt expects attention to be {found['speedup_attention']:.2f} times as fast as dense; measured: {times}."
+        )
+    links = ", ".join(f"[{file}](../benches/results/{file})" for file in (name, *(file.name for file in files)))
+    return f"{text}\nAll numbers: {links}."
+
+
 def reuse_table(name: str) -> str:
     """Return what reusing masks costs."""
     rows = sorted(settings(read(name)), key=lambda row: (row["method"], row["refresh"]))
@@ -128,6 +145,7 @@ TABLES = (
     ("methods.md", "reuse", "demo-reuse.jsonl", reuse_table),
     ("search.md", "search", "demo-search.jsonl", methods_table),
     ("search.md", "margins", "demo-search.jsonl", margins_table),
+    ("search.md", "costs", "search.json", costs),
 )
 """Page, mark, file of results, and what makes the table."""
 

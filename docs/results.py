@@ -1,31 +1,34 @@
-"""Put a measured comparison into the README: ``python docs/results.py REPORT.json``.
+"""Put a measured comparison into the README: ``python docs/results.py REPORT.json [MORE.json ...]``.
 
-The report is what ``fastdit generate PROMPT --compare --report REPORT.json`` writes; its videos must still be there.
+A report is what ``fastdit generate PROMPT --compare --report REPORT.json`` writes; ``make results`` keeps that of
+``make demo`` in ``benches/results/demo.json``. The table is of the first report; more reports say how much its times vary. The
+picture is made anew where the videos of the first are still there.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 
-ROOT = Path(__file__).parent.parent
+from fastdit.bench.clips import strip
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 STRIP = ROOT / "docs" / "images" / "strip.png"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-COLUMNS = 6
 
 
-def strip(clip: dict) -> np.ndarray:
-    """Show frames of the dense clip above the same frames of the sparse one: ``(H, W, 3)`` uint8."""
-    rows = []
-    for name in ("dense_file", "file"):
-        frames = iio.imread(clip[name])
-        chosen = frames[np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)]
-        rows.append(np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0)), constant_values=255) for f in chosen], 1))
-    return np.concatenate(rows, 0)
+def draw(clip: dict) -> None:
+    """Show frames of the dense clip above the same frames of the sparse one, if their files are there."""
+    files = [Path(clip[name]) for name in ("dense_file", "file")]
+    if all(file.exists() for file in files):
+        dense, sparse = (iio.imread(file) / 255 for file in files)
+        STRIP.parent.mkdir(exist_ok=True)
+        iio.imwrite(STRIP, strip(dense, sparse, height=dense.shape[1]))
 
 
 def table(report: dict, clip: dict) -> str:
@@ -53,22 +56,31 @@ def table(report: dict, clip: dict) -> str:
     return "\n".join(lines)
 
 
-def main(path: str) -> None:
-    """Write the strip and the table.
+def sources(paths: Sequence[Path], reports: Sequence[dict]) -> str:
+    """Return what several runs say of the times, and where the numbers are, as far as they are kept in the checkout."""
+    kept = [path.resolve().relative_to(ROOT) for path in paths if path.resolve().is_relative_to(ROOT / "benches")]
+    links = ", ".join(f"[{path.name}]({path.as_posix()})" for path in kept)
+    runs = ", ".join(f"{report['speedup']:.2f}x" for report in reports)
+    said = [f"The whole run in each of {len(reports)} runs: {runs}."] if len(reports) > 1 else []
+    return " ".join([*said, *([f"All numbers: {links}."] if links else [])])
+
+
+def main(*names: str) -> None:
+    """Write the table and the strip.
 
     Args:
-        path: The report.
+        names: The reports.
     """
-    report = json.loads(Path(path).read_text(encoding="utf-8"))
-    clip = report["clips"][0]
-    STRIP.parent.mkdir(exist_ok=True)
-    iio.imwrite(STRIP, strip(clip))
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    paths = [Path(name) for name in names]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    clip = reports[0]["clips"][0]
+    draw(clip)
+    text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{table(report, clip)}\n{END}{after}", encoding="utf-8")
+    shown = f"{table(reports[0], clip)} {sources(paths, reports)}".rstrip()
+    README.write_text(f"{before}{START}\n{shown}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

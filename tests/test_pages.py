@@ -18,7 +18,7 @@ def script(name):
     return module
 
 
-compare = script("compare")
+compare, results_script = script("compare"), script("results")
 
 
 def row(part, prompt, psnr, **changes):
@@ -102,4 +102,63 @@ def test_a_plan_is_held_against_the_best_that_computes_no_more(results):
 @pytest.mark.parametrize(("page", "mark", "name", "table"), compare.TABLES, ids=lambda value: str(value)[:20])
 def test_tables_are_those_of_the_results(page, mark, name, table):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert compare.fill(text, mark, "").count(f"<!-- {mark}:start -->\n\n<!-- {mark}:end -->") == 1
+    if not (compare.RESULTS / name).exists():
+        pytest.skip(f"{name} is not kept")
     assert compare.fill(text, mark, table(name)) == text, "python docs/compare.py brings the pages up to date"
+
+
+def test_what_a_search_took_is_read_from_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    found = {"search_seconds": 550.4, "density": 0.2012, "device": "cpu", "speedup_attention": 1.8}
+    (tmp_path / "search.json").write_text(json.dumps(found))
+    text = compare.costs("search.json")
+    assert "plan of density 0.201 took 9 min 10 s on cpu." in text and "measured" not in text
+    for run, speedup in ((1, 1.466), (2, 1.494)):
+        (tmp_path / f"search-run-{run}.json").write_text(json.dumps({"speedup_attention": speedup}))
+    text = compare.costs("search.json")
+    assert "1.80 times as fast as dense; measured: 1.47 and 1.49." in text
+    assert "[search-run-2.json](../benches/results/search-run-2.json)" in text
+
+
+def report(**changes):
+    """What ``fastdit generate --compare --report`` writes, as far as the README shows it."""
+    clip = {"prompt": "a cat", "dense_file": "none.dense.mp4", "file": "none.mp4"}
+    return {
+        "method": "plan",
+        "method_fields": {},
+        "sparse_steps": [1, 2],
+        "steps": 3,
+        "frames": 5,
+        "width": 48,
+        "height": 32,
+        "density": 0.2,
+        "overall_density": 0.4,
+        "speedup_attention": 2.0,
+        "speedup_sparse_steps": 1.9,
+        "speedup": 1.5,
+        "psnr": 30.0,
+        "ssim": 0.95,
+        "device": "cpu (2 threads)",
+        "seed": 0,
+        "clips": [clip],
+    } | changes
+
+
+def test_the_readme_shows_what_is_kept(tmp_path, monkeypatch):
+    folder = tmp_path / "benches" / "results"
+    folder.mkdir(parents=True)
+    readme, strip = tmp_path / "README.md", tmp_path / "strip.png"
+    for name, value in (("ROOT", tmp_path), ("README", readme), ("STRIP", strip)):
+        monkeypatch.setattr(results_script, name, value)
+    readme.write_text(f"before\n{results_script.START}\nold\n{results_script.END}\nafter\n")
+    files = [folder / "demo.json", tmp_path / "again.json"]
+    for file, speedup in zip(files, (1.5, 1.7), strict=True):
+        file.write_text(json.dumps(report(speedup=speedup)))
+    results_script.main(*map(str, files))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and not strip.exists()
+    assert "| time, dense over sparse | 1.90x | 1.50x |" in text and "each of 2 runs: 1.50x, 1.70x." in text
+    assert "All numbers: [demo.json](benches/results/demo.json)." in text
+    results_script.main(str(files[1]))
+    assert "1.70x |" in readme.read_text() and "All numbers" not in readme.read_text()
