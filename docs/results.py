@@ -1,8 +1,8 @@
 """Put a measured comparison into the README: ``python docs/results.py REPORT.json [MORE.json ...]``.
 
 A report is what ``fastdit generate PROMPT --compare --report REPORT.json`` writes; ``make results`` keeps that of
-``make demo`` in ``benches/results/demo.json``. The table is of the first report; more reports say how much its times vary. The
-picture is made anew where the videos of the first are still there.
+``make demo`` in ``benches/results/demo.json``. The table is of the first report; more reports say how
+much its times vary. The picture is made anew where the videos of the first are still there.
 """
 
 from __future__ import annotations
