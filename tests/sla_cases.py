@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.attention.linear import linear_attention
+from fastdit.attention.linear import join_linear_attention, linear_attention
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -83,6 +83,18 @@ CASES = [
     (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=40, head_dim=128, block=32), BF16),
 ]
 
+JOINED = [
+    (SlaCase(tokens=37, features="elu", padded=True), FP32, "projected"),
+    (SlaCase(heads=(2, 1), map_heads=None, tokens=35, features="relu"), FP32, "projected"),
+    (SlaCase(heads=(2, 2), map_heads=(2, 1), tokens=24, features="given", padded=True), FP32, "mixed"),
+    (SlaCase(heads=(2, 2), map_heads=(2, 2), tokens=26, block=48), BF16, "projected"),
+    (SlaCase(heads=(2, 2), map_heads=(1, 2), tokens=41, padded=True), BF16, "mixed"),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=70, head_dim=72, block=64, padded=True), BF16, "projected"),
+    (SlaCase(heads=(1, 1), map_heads=None, tokens=70, head_dim=72, block=64, features="elu"), FP16, "mixed"),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=70, head_dim=64, block=32, features="given"), FP16, "projected"),
+    (SlaCase(heads=(1, 1), map_heads=(1, 1), tokens=40, head_dim=128, block=32), BF16, "projected"),
+]
+
 
 def definition(case: SlaCase, blocks: Tensor | None, lengths: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute linear attention in the dtype of the inputs, from the weights of all pairs of tokens."""
@@ -106,9 +118,7 @@ def check_linear(case: SlaCase, dtype: torch.dtype, device: str = "cpu") -> None
     blocks, lengths = case.blocks(), case.lengths().to(device)
     blocks = None if blocks is None else blocks.to(device)
     q, k, v, grad = (x.to(device) for x in case.tensors(dtype))
-    keys = torch.arange(case.tokens, device=device)
-    real = (keys % case.block < lengths[..., keys // case.block])[..., None].expand(*case.heads, -1, -1)
-    bad = [q, *(x.masked_fill(~real, torch.nan) for x in (k, v))]
+    real, bad = real_tokens(case, lengths), [q, *poisoned(case, lengths, k, v)]
 
     def triton(*tensors: Tensor) -> Tensor:
         return linear_attention(*tensors, blocks, lengths, case.block, case.features, "triton")
@@ -134,3 +144,69 @@ def with_gradients(attention, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, .
     tensors = tuple(x.detach().requires_grad_() for x in tensors)
     out = attention(*tensors)
     return out.detach(), *torch.autograd.grad(out, tensors, grad)
+
+
+def check_joined(case: SlaCase, dtype: torch.dtype, kind: str, device: str = "cpu") -> None:
+    """Compare the fused kernel with fp64, likewise; rows that list nothing have to be those of the exact part.
+
+    Raises:
+        AssertionError: The kernel is off.
+    """
+    blocks, lengths, exact, join = problem(case, dtype, kind)
+    q, k, v, exact = (x.to(device) for x in (*case.tensors(dtype)[:3], exact))
+    blocks, lengths, *join = (None if x is None else x.to(device) for x in (blocks, lengths, *join))
+    out = join_linear_attention(
+        exact, *join, q, *poisoned(case, lengths, k, v), blocks, lengths, case.block, case.features
+    )
+    wanted = joined(case, blocks, lengths, *(x if x is None else x.double() for x in (exact, *join, q, k, v)))
+    rounded = joined(case, blocks, lengths, *(x if x is None else x.to(dtype) for x in (exact, *join, q, k, v)))
+    assert out.dtype == dtype and out.shape == wanted.shape and out.is_contiguous()
+    error = (out - wanted).abs().max()
+    budget = 2 * (rounded - wanted).abs().max() + 8 * torch.finfo(dtype).eps * wanted.abs().max()
+    assert error <= budget, f"error {error:.2e}, budget {budget:.2e}"
+    if blocks is not None:
+        assert torch.equal(out[:, :, : case.block], exact[:, :, : case.block])
+
+
+def problem(
+    case: SlaCase, dtype: torch.dtype, kind: str
+) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Make a map of blocks, lengths, an exact part with heads inside, and how the linear part is joined to it."""
+    blocks, num = case.blocks(), -(-case.tokens // case.block)
+    exact = torch.randn(case.heads[0], case.tokens, case.heads[1], case.head_dim).to(dtype).transpose(1, 2)
+    share = None if blocks is None else blocks.any(-1)
+    if kind == "mixed":
+        share = (torch.rand(1, case.heads[1], num) * (1 if share is None else share)).to(dtype)
+        return blocks, case.lengths(), exact, (share, None, None)
+    weight, bias = torch.randn(case.head_dim, case.head_dim), torch.randn(case.head_dim)
+    return blocks, case.lengths(), exact, (share, (weight * case.head_dim**-0.5).to(dtype), bias.to(dtype))
+
+
+def joined(
+    case: SlaCase,
+    blocks: Tensor | None,
+    lengths: Tensor,
+    exact: Tensor,
+    share: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *tensors: Tensor,
+) -> Tensor:
+    """Join both parts in the dtype of the inputs, token by token."""
+    linear = definition(case, blocks, lengths, *tensors)
+    added = linear - exact if weight is None else linear @ weight.mT + bias
+    if share is None:
+        return exact + added
+    return exact + share[..., torch.arange(case.tokens, device=exact.device) // case.block, None] * added
+
+
+def poisoned(case: SlaCase, lengths: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Fill what is padding with NaN."""
+    real = real_tokens(case, lengths)
+    return [x.masked_fill(~real, torch.nan) for x in tensors]
+
+
+def real_tokens(case: SlaCase, lengths: Tensor) -> Tensor:
+    """Say which tokens are no padding, ``(B, H, S, 1)``."""
+    keys = torch.arange(case.tokens, device=lengths.device)
+    return (keys % case.block < lengths[..., keys // case.block])[..., None].expand(*case.heads, -1, -1)

@@ -20,7 +20,8 @@ from fastdit.attention.kernels.triton_sla_states import (
 from fastdit.attention.kernels.triton_sla_tokens import _gradients_kernel, _output_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KINDS = ("states", "weighted-states", "output", "dq", "dkdv")
+KINDS = ("states", "weighted-states", "output", "projected", "mixed", "dq", "dkdv")
+PROJECTION = ("weight_ptr", "bias_ptr")
 MIN_WIDE_TILE = 64  # rows of a product, below which sm_90 and sm_100 use the instruction of earlier GPUs
 
 
@@ -30,12 +31,12 @@ def sla() -> Iterator[Entry]:
         dtype = FP32 if bits == 32 else BF16
         quick = (arch, dim, bits) in ((90, 128, 16), (80, 64, 16))
         yield from of_tokens(arch, dim, dim, dtype, "softmax", config, quick=quick)
-        yield from of_tokens(arch, 2 * dim, dim, dtype, "given", config, ("states", "dkdv"))
+        yield from of_tokens(arch, 2 * dim, dim, dtype, "given", config, ("states", "projected", "dkdv"))
         yield of_sums(arch, dim, dtype, config)
         odd = 96 if dim == 128 else 32
         if bits == 16:
-            yield from of_tokens(arch, dim, dim, FP16, "elu", config, ("weighted-states", "dq", "dkdv"))
-            yield from of_tokens(arch, odd, odd, dtype, "relu", config, ("output", "dq"))
+            yield from of_tokens(arch, dim, dim, FP16, "elu", config, ("weighted-states", "projected", "dq", "dkdv"))
+            yield from of_tokens(arch, odd, odd, dtype, "relu", config, ("output", "projected", "dq"))
 
 
 def of_tokens(
@@ -53,7 +54,9 @@ def of_tokens(
     kernels = [
         ("states", _states_kernel, config.states, {"WEIGHTED": False}),
         ("weighted-states", _states_kernel, config.states, {"WEIGHTED": True}),
-        ("output", _output_kernel, config.output, {}),
+        ("output", _output_kernel, config.output, dict.fromkeys(("exact_ptr", "shares_ptr", *PROJECTION))),
+        ("projected", _output_kernel, config.output, {}),
+        ("mixed", _output_kernel, config.output, dict.fromkeys(PROJECTION)),
         ("dq", _gradients_kernel, config.gradients, {"OF_QUERIES": True}),
         ("dkdv", _gradients_kernel, config.gradients, {"OF_QUERIES": False}),
     ]
@@ -69,7 +72,7 @@ def of_tokens(
             kernel=kernel,
             constants={**constants, **more},
             options=token_options(settings),
-            types=_types(kernel, dtype),
+            types=_types(kernel, dtype, more),
             tensor_op=None if unrolled else TENSOR_CORES[arch] if rows >= MIN_WIDE_TILE else "HMMA",
             quick=quick,
         )
@@ -88,10 +91,13 @@ def of_sums(arch: int, dim: int, dtype: torch.dtype, config: SlaConfig) -> Entry
     )
 
 
-def _types(kernel: triton.JITFunction, dtype: torch.dtype) -> dict[str, str]:
-    types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "dx_ptr", "dy_ptr"), f"*{TYPES[dtype]}")
+def _types(kernel: triton.JITFunction, dtype: torch.dtype, constants: Collection[str]) -> dict[str, str]:
+    data = ("x_ptr", "y_ptr", "out_ptr", "dx_ptr", "dy_ptr", "exact_ptr", *PROJECTION)
+    types = dict.fromkeys(data, f"*{TYPES[dtype]}")
     types |= {"weights_ptr": "*fp32", "states_ptr": "*bf16", "sums_ptr": "*bf16"}
-    return {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    # The blocks that a projection is joined to are marked, a mix has shares.
+    types["shares_ptr"] = f"*{TYPES[dtype]}" if "weight_ptr" in constants else "*i1"
+    return {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in constants}
 
 
 SLA = (sla,)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sla_cases import BF16, CASES, SlaCase, check_linear, with_gradients
+from sla_cases import BF16, CASES, JOINED, SlaCase, check_joined, check_linear, problem, with_gradients
 
-from fastdit.attention import MethodState, get_method
+from fastdit.attention import MethodState, get_method, sla
 from fastdit.attention.kernels import triton_sla
-from fastdit.attention.linear import choose_linear, linear_attention
+from fastdit.attention.linear import choose_linear, join_linear_attention, linear_attention
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 
@@ -26,6 +26,20 @@ def _small_tiles(monkeypatch):
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
 def test_agrees_with_fp64(case, dtype, poisoned_empty):
     check_linear(case, dtype)
+
+
+@pytest.mark.parametrize(("case", "dtype", "kind"), JOINED, ids=str)
+def test_the_join_agrees_with_fp64(case, dtype, kind, poisoned_empty):
+    check_joined(case, dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["projected", "mixed"])
+def test_the_join_is_a_registered_operator(kind):
+    case = SlaCase(tokens=20)
+    blocks, lengths, exact, join = problem(case, BF16, kind)
+    tensors = case.tensors(BF16)[:3]
+    arguments = exact, *join, *tensors, blocks, lengths, case.block, case.features
+    assert set(torch.library.opcheck(join_linear_attention, arguments).values()) == {"SUCCESS"}
 
 
 def run(case, *tensors, grad):
@@ -70,16 +84,23 @@ METHODS = [
 
 
 @pytest.mark.parametrize("fields", METHODS, ids=str)
-def test_the_method_runs_in_triton_as_it_does_without(fields):
+def test_the_method_runs_in_triton_as_it_does_without(fields, monkeypatch):
     method = get_method("sla", block_size=16, density=0.3, **fields)
     weights = method.make_weights(2, 16)
     for parameter in weights.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     spec = TokenSpec(VideoGrid(2, 3, 5), 5)
     q, k, v, grad = torch.randn(4, 1, 2, spec.num_tokens, 16).unbind()
+    fused = []
+    monkeypatch.setattr(sla, "join_linear_attention", lambda *x: fused.append(join_linear_attention(*x)) or fused[-1])
     assert choose_linear(q, v, 16) == "triton" and choose_linear(q, v, 16, "cpu") == "eager"
     results = []
     for kernel in ("triton", "cpu"):
         state = MethodState(weights=weights, kernel=kernel)
         results.append(with_gradients(lambda *x, s=state: method.forward(*x, AttentionCall(spec), s), grad, q, k, v))
+    assert not fused
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        out = method.forward(q, k, v, AttentionCall(spec), MethodState(weights=weights, kernel="triton"))
+    assert len(fused) == 1
+    torch.testing.assert_close(out, results[1][0], rtol=1e-4, atol=1e-5)

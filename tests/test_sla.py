@@ -303,6 +303,16 @@ def test_a_router_decides_what_is_critical():
     assert torch.equal(turned, opposite) and not torch.equal(turned, plain)
 
 
+def test_a_projection_outlives_the_module_on_its_device():
+    """Where a model is offloaded, parameters are gone from the device when the module has been called."""
+    module = make("paper").make_weights(2, DIM).projection
+    found = module(torch.empty(1, dtype=torch.float32))
+    with torch.no_grad():
+        module.weight.fill_(7)
+        module.bias.fill_(7)
+    assert all((x == 0).all() for x in found)
+
+
 def test_weights_of_a_file_need_a_model():
     q, k, v, call = inputs(TokenSpec(VideoGrid(2, 4, 8)))
     with pytest.raises(ValueError, match=r"weights in file\.safetensors are loaded when sparse attention is enabled"):

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sla_cases import BF16, CASES, FP16, FP32, check_linear
+from sla_cases import BF16, CASES, FP16, FP32, JOINED, check_joined, check_linear
 
-from fastdit.attention import linear
+from fastdit.attention import MethodState, get_method, linear, sla
 from fastdit.attention.kernels import triton_sla_config
 from fastdit.attention.linear import choose_linear, linear_attention
+from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 HERE = Path(__file__).parent
 
@@ -33,6 +34,14 @@ def test_triton_in_the_interpreter():
 @pytest.mark.parametrize("case", [case for case, _ in CASES], ids=str)
 def test_triton_on_a_gpu(case, dtype, poisoned_empty):
     check_linear(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize(("case", "kind"), [(case, kind) for case, _, kind in JOINED], ids=str)
+def test_join_on_a_gpu(case, kind, dtype, poisoned_empty):
+    check_joined(case, dtype, kind, "cuda")
 
 
 @pytest.mark.parametrize("covered", ["some", "all"])
@@ -60,6 +69,24 @@ def test_the_choice_is_seen(monkeypatch):
     assert choose_linear(on_gpu, on_gpu, 16, "reference") == "eager"
     monkeypatch.setattr(triton_sla_config, "linear_reason", lambda q, v, block: None)
     assert choose_linear(on_gpu, on_gpu, 16) == choose_linear(on_gpu, on_gpu, 16, "triton") == "triton"
+    assert choose_linear(on_gpu, on_gpu, 16, gradients=False) == "fused"
+    assert choose_linear(on_gpu, on_gpu, 16, "cpu", gradients=False) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("enabled", "trained", "of_tokens", "expected"),
+    [(False, True, True, False), (True, False, False, False), (True, True, False, True), (True, False, True, True)],
+)
+@pytest.mark.parametrize("variant", ["paper", "full", "sla2"])
+def test_only_wanted_gradients_keep_the_parts_apart(variant, enabled, trained, of_tokens, expected, monkeypatch):
+    method, spec = get_method("sla", variant=variant, block_size=16), TokenSpec(VideoGrid(1, 6, 8))
+    weights = method.make_weights(1, 8).requires_grad_(trained)
+    q, k, v = torch.randn(3, 1, 1, spec.num_tokens, 8).unbind()
+    seen = []
+    monkeypatch.setattr(sla, "choose_linear", lambda *_, gradients: seen.append(gradients) or "eager")
+    with torch.set_grad_enabled(enabled):
+        out = method.forward(q, k.requires_grad_(of_tokens), v, AttentionCall(spec), MethodState(weights=weights))
+    assert seen == [expected] and out.requires_grad == expected
 
 
 @pytest.mark.parametrize(

@@ -73,16 +73,15 @@ class Projection(Module):
         self.weight = Parameter(torch.zeros(head_dim, head_dim))
         self.bias = Parameter(torch.zeros(head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Project.
+    def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight, ``(D, D)``, and the bias, ``(D,)``, as ``F.linear`` takes them.
+
+        They are copies, which stay where they are when the module is offloaded.
 
         Args:
-            x: ``(B, H, S, D)``.
-
-        Returns:
-            ``(B, H, S, D)`` in the dtype of ``x``.
+            like: ``(B, H, S, D)`` whose dtype and device are wanted.
         """
-        return F.linear(x, self.weight.to(x), self.bias.to(x))
+        return self.weight.to(like, copy=True), self.bias.to(like, copy=True)
 
 
 class Router(Module):

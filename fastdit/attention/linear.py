@@ -4,7 +4,8 @@ With features ``f``, the output of query ``i`` is ``f(q_i) H / (f(q_i) z)``, whe
 ``z`` adds up ``f(k_j)`` over the real keys of its blocks. So each key block is summed once, and a product with the map
 of blocks gives the states of all query blocks. Source: SLA (arXiv 2509.24006), section 4.
 
-On NVIDIA GPUs it runs in the kernels of ``kernels/triton_sla.py``, elsewhere in what is defined here.
+On NVIDIA GPUs it runs in the kernels of ``kernels/triton_sla.py``, elsewhere in what is defined here. There, without
+gradients, the kernel of the output also joins it to the exact part, so that neither it nor its projection is in memory.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from .features import feature_map
 _STATE_BYTES = 256 << 20  # states of the heads that run at once; one head always runs
 
 
-def choose_linear(q: Tensor, v: Tensor, block: int, kernel: str | None = None) -> str:
-    """Name what computes linear attention: ``"triton"`` or ``"eager"``; on a GPU a warning says why not Triton.
+def choose_linear(q: Tensor, v: Tensor, block: int, kernel: str | None = None, *, gradients: bool = True) -> str:
+    """Name what computes linear attention: ``"fused"``, ``"triton"`` or ``"eager"``.
+
+    ``"fused"`` is Triton too, and joins the result to the exact part: ``join_linear_attention``. On a GPU a warning
+    says why not Triton.
 
     Args:
         q: ``(B, H, S, E)`` queries or their features.
@@ -31,6 +35,7 @@ def choose_linear(q: Tensor, v: Tensor, block: int, kernel: str | None = None) -
         block: Tokens per block, at least 1.
         kernel: Name of the kernel that the exact part was asked to run, or ``None``: with ``"cpu"`` and ``"reference"``
             linear attention is eager too.
+        gradients: Whether gradients of anything are wanted, which the fused kernel does not have.
     """
     from .kernels.triton_sla_config import linear_reason
 
@@ -39,7 +44,9 @@ def choose_linear(q: Tensor, v: Tensor, block: int, kernel: str | None = None) -
     reason = linear_reason(q, v, block)
     if reason is not None and v.is_cuda:
         warnings.warn(f"linear attention runs without Triton: {reason}", stacklevel=2)
-    return "triton" if reason is None else "eager"
+    if reason is not None:
+        return "eager"
+    return "triton" if gradients else "fused"
 
 
 @torch.library.custom_op("fastdit::linear_attention", mutates_args=())
@@ -65,15 +72,15 @@ def linear_attention(
         lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
         block: Tokens per block, at least 1.
         features: A map of ``feature_map`` for queries and keys; ``"given"`` if they are features already.
-        kernel: ``"triton"`` or ``"eager"``, as ``choose_linear`` says.
+        kernel: ``"triton"`` or ``"eager"``.
 
     Returns:
         ``(B, H, S, D)`` in the dtype of ``v``; 0 for queries without keys, or with features that meet none of theirs.
     """
     if kernel == "triton":
-        from .kernels.triton_sla import linear_fwd
+        from .kernels.triton_sla import Listed, linear_fwd
 
-        return linear_fwd(q, k, v, blocks, lengths, block, features)
+        return linear_fwd(q, k, v, Listed(blocks, lengths, block, features))
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     with torch.autocast(v.device.type, enabled=False):
         for part in _parts(q, k, v, blocks, lengths, block, features):
@@ -108,9 +115,9 @@ def _backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if kernel == "triton":
-        from .kernels.triton_sla import linear_bwd
+        from .kernels.triton_sla import Listed, linear_bwd
 
-        return linear_bwd(grad, q, k, v, blocks, lengths, block, features)
+        return linear_bwd(grad, q, k, v, Listed(blocks, lengths, block, features))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     with torch.autocast(v.device.type, enabled=False):
         for part in _parts(q, k, v, blocks, lengths, block, features):
@@ -152,6 +159,50 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 linear_attention.register_autograd(_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op("fastdit::join_linear_attention", mutates_args=())
+def join_linear_attention(
+    exact: Tensor,
+    share: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    lengths: Tensor,
+    block: int,
+    features: str,
+) -> Tensor:
+    """Compute ``exact + share * (linear W^T + b)`` in Triton, where ``linear`` is ``linear_attention`` of the rest.
+
+    The sum is made in fp32 and rounded once. There are no gradients.
+
+    Args:
+        exact: ``(B, H, S, D)`` output of the exact part.
+        share: ``(B or 1, H or 1, N)`` share of each query block, bool or in [0, 1]; ``None`` for 1.
+        weight: ``(D, D)`` projection ``W``, contiguous; ``None`` for a mix, ``exact + share * (linear - exact)``.
+        bias: ``(D,)`` its ``b``, contiguous; ``None`` without a weight.
+        q: ``(B, H, S, E)`` queries, or features of them that are at least 0.
+        k: ``(B, H, S, E)`` keys, or features of them that are at least 0; what padding holds does not matter.
+        v: ``(B, H, S, D)`` values, likewise.
+        blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
+        lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
+        block: Tokens per block, a multiple of 16.
+        features: A map of ``feature_map`` for queries and keys; ``"given"`` if they are features already.
+
+    Returns:
+        ``(B, H, S, D)`` in the dtype of ``exact``.
+    """
+    from .kernels.triton_sla import Join, Listed, linear_fwd
+
+    return linear_fwd(q, k, v, Listed(blocks, lengths, block, features), Join(exact, share, weight, bias))
+
+
+@join_linear_attention.register_fake
+def _(exact: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(exact, memory_format=torch.contiguous_format)
 
 
 class _Part:

@@ -14,7 +14,7 @@ from ..mask import BlockMask
 from ..tokens import AttentionCall
 from .base import Pattern, check_density, register
 from .features import FEATURE_MAPS, Hedgehog, Mix, Projection, Router
-from .linear import choose_linear, linear_attention
+from .linear import choose_linear, join_linear_attention, linear_attention
 from .ordered import OrderedMethod, pattern_of
 from .reorder import pool_laid_out
 from .select import by_heads, keep_top_k, pool_blocks, top_count
@@ -165,18 +165,25 @@ class Sla(OrderedMethod):
         blocks = None if self.variant == "full" else ~mask.to_dense()
         if blocks is not None and pattern.negligible is not None:
             blocks &= ~pattern.negligible
+        join = self._join(blocks, pattern, weights, q)
         sides, feature_map = self._features(q, k, weights)
-        kernel = choose_linear(sides[0], v, mask.block_k, state.kernel)
-        linear = linear_attention(*sides, v, blocks, mask.lengths_k, mask.block_k, feature_map, kernel)
-        if blocks is None:
-            return exact + weights.projection(linear)
+        listed = (*sides, v, blocks, mask.lengths_k, mask.block_k, feature_map)
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (exact, *weights.parameters()))
+        kernel = choose_linear(sides[0], v, mask.block_k, state.kernel, gradients=gradients)
+        if kernel == "fused":
+            return join_linear_attention(exact, *join, *listed)
+        return _joined(exact, linear_attention(*listed, kernel), *join, mask)
+
+    def _join(
+        self, blocks: Tensor | None, pattern: Pattern, weights: Any, like: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the share of the linear part in each query block, and the weight and bias of its projection."""
         # A row whose blocks are all critical is exact already: nothing is joined to it, not even a bias.
-        joined = blocks.any(-1)
-        if self.variant == "sla2":
-            share = weights.mix(pattern.layout.video_blocks, q)
-            share = F.pad(share, (0, joined.shape[-1] - share.shape[-1])) * joined
-            return torch.lerp(exact, linear, _by_token(share, mask, q))
-        return torch.addcmul(exact, weights.projection(linear), _by_token(joined, mask, q))
+        joined = None if blocks is None else blocks.any(-1)
+        if joined is None or self.variant != "sla2":
+            return joined, *weights.projection(like)
+        mix = weights.mix(pattern.layout.video_blocks, like)
+        return F.pad(mix, (0, joined.shape[-1] - mix.shape[-1])) * joined, None, None
 
     def _features(self, q: Tensor, k: Tensor, weights: Any) -> tuple[tuple[Tensor, Tensor], str]:
         if self.feature_map != "hedgehog":
@@ -202,6 +209,13 @@ def _mean_of_keys(k: Tensor, mask: BlockMask) -> Tensor:
     return _mean_of_blocks(means, mask.lengths_k).to(k.dtype)
 
 
-def _by_token(x: Tensor, mask: BlockMask, like: Tensor) -> Tensor:
-    """Repeat a value of each query block for its tokens: ``(B or 1, H or 1, S, 1)``, of the dtype of ``like``."""
-    return x.to(like.dtype).repeat_interleave(mask.block_q, -1)[..., : like.shape[2], None]
+def _joined(
+    exact: Tensor, linear: Tensor, share: Tensor | None, weight: Tensor | None, bias: Tensor | None, mask: BlockMask
+) -> Tensor:
+    """Do what ``join_linear_attention`` does, in the dtype of the exact part."""
+    if weight is not None:
+        linear = F.linear(linear, weight, bias)
+    if share is None:
+        return exact + linear
+    by_token = share.to(exact.dtype).repeat_interleave(mask.block_q, -1)[..., : exact.shape[2], None]
+    return torch.lerp(exact, linear, by_token) if weight is None else torch.addcmul(exact, linear, by_token)

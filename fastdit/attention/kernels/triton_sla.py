@@ -8,6 +8,7 @@ than what they sum up, so a few heads run at a time, in the same memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .device import launching_on
 from .triton_sla_config import SlaConfig, choose_sla
 from .triton_sla_states import state_parts, state_width, sum_blocks_up, sum_states, sums_constants
-from .triton_sla_tokens import gradients_of, output_of
+from .triton_sla_tokens import Join, gradients_of, output_of
 
 STATE_BYTES = 256 << 20  # states of the heads that run at once, and as much again for their sums; one head always runs
 _AT_ONCE = 64  # states that a sum over all blocks is made of
@@ -25,48 +26,47 @@ _AT_ONCE = 64  # states that a sum over all blocks is made of
 Place: TypeAlias = tuple[int, slice]
 
 
-def linear_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    block: int,
-    feature_map: str,
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """Which keys are summed up for each query, and by which features.
+
+    Args:
+        blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
+        lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
+        block: Tokens per block, a multiple of 16.
+        feature_map: One of ``MAPS``.
+    """
+
+    blocks: Tensor | None
+    lengths: Tensor
+    block: int
+    feature_map: str
+
+
+def linear_fwd(q: Tensor, k: Tensor, v: Tensor, listed: Listed, join: Join | None = None) -> Tensor:
     """Launch the forward kernels.
 
     Args:
         q: ``(B, H, S, E)`` queries or their features.
         k: ``(B, H, S, E)`` keys or their features; padding may hold anything.
         v: ``(B, H, S, D)`` values, likewise.
-        blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
-        lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
-        block: Tokens per block, a multiple of 16.
-        feature_map: One of ``MAPS``.
+        listed: What is summed up.
+        join: What the output is joined to, if not to be returned as it is.
 
     Returns:
-        ``(B, H, S, D)`` in the dtype of ``v``, contiguous; 0 for queries without keys.
+        ``(B, H, S, D)`` in the dtype of ``v``, or that of the exact part, contiguous. Before it is joined it is 0 for
+        queries without keys.
     """
     q, k, v = (_packed(x) for x in (q, k, v))
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    shared = block, feature_map, choose_sla(v)
+    out = torch.empty_like(v if join is None else join.exact, memory_format=torch.contiguous_format)
+    shared = listed.block, listed.feature_map, choose_sla(v)
     with launching_on(v.device):
-        for at, part in _parts(k, v, blocks, lengths, shared):
-            output_of(q[at], part.sum_up(k[at], v[at]), *shared, out[at])
+        for at, part in _parts(k, v, listed, shared):
+            output_of(q[at], part.sum_up(k[at], v[at]), *shared, out[at], None if join is None else _join(join, at))
     return out
 
 
-def linear_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    block: int,
-    feature_map: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, listed: Listed) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels, which compute the states again; no two programs add to one sum.
 
     Args:
@@ -74,10 +74,7 @@ def linear_bwd(
         q: ``(B, H, S, E)`` queries or their features.
         k: ``(B, H, S, E)`` keys or their features; padding may hold anything.
         v: ``(B, H, S, D)`` values, likewise.
-        blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
-        lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
-        block: Tokens per block, a multiple of 16.
-        feature_map: One of ``MAPS``.
+        listed: What is summed up.
 
     Returns:
         The gradients of q, k and v, ``(B, H, S, E)``, twice, and ``(B, H, S, D)``, in their dtypes, contiguous; 0 for
@@ -85,9 +82,9 @@ def linear_bwd(
     """
     grad, q, k, v = (_packed(x) for x in (grad, q, k, v))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    shared = block, feature_map, choose_sla(v)
+    shared = listed.block, listed.feature_map, choose_sla(v)
     with launching_on(v.device):
-        for at, part in _parts(k, v, blocks, lengths, shared):
+        for at, part in _parts(k, v, listed, shared):
             weights = torch.empty(len(q[at]), 2, q.shape[2], dtype=torch.float32, device=q.device)
             gradients_of(q[at], grad[at], part.sum_up(k[at], v[at]), part.lengths, *shared, dq[at], None, weights)
             sums = part.sum_up(q[at], grad[at], weights)
@@ -107,7 +104,7 @@ class _Part:
         states: Tensor,
         sums: Tensor,
     ) -> None:
-        self.blocks, self.lengths = blocks, lengths.contiguous()
+        self.blocks, self.lengths = blocks, lengths.contiguous().expand(len(states), -1)
         self.shared, self.constants = shared, constants
         self.states, self.sums = states, sums
 
@@ -119,19 +116,18 @@ class _Part:
         return self.sums
 
     def _listed(self, *, turned: bool) -> Tensor:
-        num, count = self.states.shape[1], self.sums.shape[1]
-        heads = 1 if self.blocks is None else len(self.blocks)
-        listed = self.states.new_zeros(heads, _rounded(count, self.shared[2].rows), num)
+        (heads, num), count = self.states.shape[:2], self.sums.shape[1]
+        maps = 1 if self.blocks is None else len(self.blocks)
+        listed = self.states.new_zeros(maps, _rounded(count, self.shared[2].rows), num)
         if self.blocks is None:
-            return listed.fill_(1)
-        listed[:, :count, :count] = self.blocks.mT if turned else self.blocks
-        return listed
+            listed.fill_(1)
+        else:
+            listed[:, :count, :count] = self.blocks.mT if turned else self.blocks
+        return listed.expand(heads, -1, -1)
 
 
-def _parts(
-    k: Tensor, v: Tensor, blocks: Tensor | None, lengths: Tensor, shared: tuple[int, str, SlaConfig]
-) -> Iterator[tuple[Place, _Part]]:
-    config = shared[2]
+def _parts(k: Tensor, v: Tensor, listed: Listed, shared: tuple[int, str, SlaConfig]) -> Iterator[tuple[Place, _Part]]:
+    blocks, lengths, config = listed.blocks, listed.lengths, shared[2]
     batch, heads, _, features = k.shape
     num = lengths.shape[-1]
     constants = sums_constants(features, v.shape[3], v.dtype, config)
@@ -144,13 +140,20 @@ def _parts(
     for b in range(batch):
         for first in range(0, heads, step):
             at = b, slice(first, min(first + step, heads))
-            listed = None if blocks is None else _cut(blocks, at)
             count = at[1].stop - first
-            yield at, _Part(listed, _cut(lengths, at), shared, constants, space[:count], sums[:count])
+            yield at, _Part(_cut(blocks, at), _cut(lengths, at), shared, constants, space[:count], sums[:count])
 
 
-def _cut(x: Tensor, at: Place) -> Tensor:
+def _join(join: Join, at: Place) -> Join:
+    exact = _packed(join.exact[at])
+    shares = None if join.shares is None else _packed(_cut(join.shares, at)).expand(len(exact), -1)
+    return replace(join, exact=exact, shares=shares)
+
+
+def _cut(x: Tensor | None, at: Place) -> Tensor | None:
     """Take one sample and some heads of what may serve all of either."""
+    if x is None:
+        return None
     x = x[at[0] if len(x) > 1 else 0]
     return x[at[1]] if len(x) > 1 else x
 

@@ -34,7 +34,7 @@ class SlaConfig:
 
     Args:
         states: Of the kernel that sums a block up.
-        output: Of the kernel for the output.
+        output: Of the kernel for the output, joined to the exact part or not.
         gradients: Of the kernel for gradients of queries, keys and values.
         rows: Query blocks that a program of the sums over blocks holds, a power of two of at least 16.
         step: States that one iteration of it reads, likewise.
@@ -59,7 +59,7 @@ _HALF_128_LESS = SlaConfig(TokenConfig(32, 64, 8, 2), _TOKENS_128, _TOKENS_128)
 _HALF_128_WIDE = SlaConfig(TokenConfig(64, 128, 8, 2), _TOKENS_128, _TOKENS_128)
 # fp32 takes six products for one, and their registers.
 _SINGLE_64 = SlaConfig(TokenConfig(32, 64, 8, 2), TokenConfig(32, 16, 8, 2), TokenConfig(32, 16, 8, 2), step=32)
-_SINGLE_128 = SlaConfig(TokenConfig(16, 64, 8, 2), TokenConfig(32, 32, 8, 2), TokenConfig(32, 32, 8, 2), step=32)
+_SINGLE_128 = SlaConfig(TokenConfig(16, 64, 8, 2), TokenConfig(32, 16, 8, 2), TokenConfig(32, 32, 8, 2), step=32)
 
 # (architecture, head dim, bits per element). Tiles are cut to what divides the block, chunks to the features.
 TABLE: dict[tuple[int, int, int], SlaConfig] = {

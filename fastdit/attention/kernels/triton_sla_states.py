@@ -39,13 +39,16 @@ def _add_product(a, b, acc, PARTS: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _softmax_of(x_rows, present, FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr):
-    every = tl.arange(0, PADDED_FEATURES)
-    inside = (every < FEATURES)[None, :]
-    x = tl.load(x_rows[:, None] + every[None, :], mask=present[:, None] & inside, other=0.0).to(tl.float32)
-    x = tl.where(inside, x, float("-inf"))
-    top = tl.max(x, 1)
-    return top, 1.0 / tl.sum(tl.exp(x - top[:, None]), 1)
+def _softmax_of(x_rows, present, FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr, MAP: tl.constexpr):
+    if MAP == "softmax":
+        every = tl.arange(0, PADDED_FEATURES)
+        inside = (every < FEATURES)[None, :]
+        x = tl.load(x_rows[:, None] + every[None, :], mask=present[:, None] & inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x, float("-inf"))
+        top = tl.max(x, 1)
+        return top, 1.0 / tl.sum(tl.exp(x - top[:, None]), 1)
+    else:
+        return 0.0, 0.0
 
 
 @triton.jit
@@ -130,9 +133,7 @@ def _states_kernel(
         rows = block.to(tl.int64) * BLOCK + within
         present = rows < tokens if WEIGHTED else within < tl.load(lengths_ptr + head * stride_lh + block)
         x_rows = x_head + rows * stride_xs
-        top, share = 0.0, 0.0
-        if MAP == "softmax":
-            top, share = _softmax_of(x_rows, present, FEATURES, PADDED_FEATURES)
+        top, share = _softmax_of(x_rows, present, FEATURES, PADDED_FEATURES, MAP)
         _, f = _features(x_rows, present, top, share, features, FEATURES, MAP, PARTS)
         some = present[:, None] & (dims < HEAD_DIM)[None, :]
         y = tl.load(y_head + rows[:, None] * stride_vs + dims[None, :], mask=some, other=0.0)
@@ -199,7 +200,7 @@ def sum_blocks_up(
         y: ``(h, S, D)`` values, likewise.
         weights: ``(h, 2, S)`` fp32 weight of each token in the products, and in the sum of features alone; ``None``
             for 1, of real tokens only.
-        lengths: ``(h or 1, N)`` int32 contiguous, real tokens of each block.
+        lengths: ``(h, N)`` int32, real tokens of each block, last axis contiguous.
         block: Tokens per block, a multiple of 16.
         feature_map: One of ``MAPS``.
         config: The settings.
@@ -217,7 +218,7 @@ def sum_blocks_up(
         states,
         *x.stride()[:2],
         *y.stride()[:2],
-        lengths.stride(0) if lengths.shape[0] > 1 else 0,
+        lengths.stride(0),
         tokens,
         num_blocks,
         triton.cdiv(num_blocks, states.shape[1]),
@@ -233,7 +234,8 @@ def sum_states(
     """Launch the kernel that sums states over listed blocks: a product with the map of blocks.
 
     Args:
-        listed: ``(h or 1, m, n)`` bf16 contiguous, 1 where a state is in the sum and else 0; m a multiple of its rows.
+        listed: ``(h, m, n)`` bf16, 1 where a state is in the sum and else 0; m a multiple of its rows. Contiguous, but
+            for heads, which may share one map.
         states: ``(h, n, parts, width)`` bf16, n a multiple of the configuration's step.
         config: The settings.
         constants: The compile-time arguments.
@@ -245,7 +247,7 @@ def sum_states(
         listed,
         states,
         sums,
-        listed.stride(0) if listed.shape[0] > 1 else 0,
+        listed.stride(0),
         sums.shape[1],
         num_states // config.step,
         **constants,

@@ -1,5 +1,8 @@
 """Linear attention of tokens whose states are known: the output, and gradients of queries, keys and values.
 
+Without gradients the output of linear attention need not be seen: it is joined to that of another attention, the exact
+part, where it is computed.
+
 With features ``f`` of a query, the state ``H`` of its block and its sum of features ``z``, the output is
 ``o = w f H`` with ``w = 1 / (f z)``. A gradient ``g`` of it gives ``df = w (g H^T - (g o) z)``, and to the state of the
 block ``(w f)^T g`` and ``-w (g o) f``. Added up over the query blocks that list a key block these are its ``G`` and
@@ -7,6 +10,8 @@ block ``(w f)^T g`` and ``-w (g o) f``. Added up over the query blocks that list
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -73,14 +78,30 @@ def _times_features(
 
 
 @triton.jit
+def _project(x, weight_ptr, bias_ptr, dims, HEAD_DIM: tl.constexpr, WIDEN: tl.constexpr):
+    inside = dims < HEAD_DIM
+    weight = weight_ptr + (dims[None, :] * HEAD_DIM + dims[:, None])
+    weight = tl.load(weight, mask=inside[None, :] & inside[:, None], other=0.0)
+    bias = tl.load(bias_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    return _dot(x.to(weight.dtype), weight, None, WIDEN, "tf32x3") + bias[None, :]
+
+
+@triton.jit
 def _output_kernel(
     x_ptr,
     sums_ptr,
     out_ptr,
+    exact_ptr,
+    shares_ptr,
+    weight_ptr,
+    bias_ptr,
     stride_xh,
     stride_xs,
     stride_oh,
     stride_os,
+    stride_exh,
+    stride_exs,
+    stride_sh,
     tokens,
     num_sums,
     FEATURES: tl.constexpr,
@@ -100,21 +121,31 @@ def _output_kernel(
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
     present = rows < tokens
+    block = tl.program_id(0) // (BLOCK // TILE)
     # One sum serves all blocks where the map lists all.
-    block = tl.minimum(tl.program_id(0) // (BLOCK // TILE), num_sums - 1)
-    state_ptr = sums_ptr + (head * num_sums + block) * (STATE_PARTS * WIDTH)
+    state_ptr = sums_ptr + (head * num_sums + tl.minimum(block, num_sums - 1)) * (STATE_PARTS * WIDTH)
     x_rows = x_ptr + head * stride_xh + rows * stride_xs
-    top, share = 0.0, 0.0
-    if MAP == "softmax":
-        top, share = _softmax_of(x_rows, present, FEATURES, PADDED_FEATURES)
+    top, share = _softmax_of(x_rows, present, FEATURES, PADDED_FEATURES, MAP)
     values, total = _times_features(
         x_rows, present, top, share, state_ptr, dims, FEATURES, PADDED_FEATURES, PADDED_DIM, TILE, CHUNK, MAP, PARTS,
         STATE_PARTS, WIDTH, WIDEN,
     )  # fmt: skip
     some = total > 0
     out = tl.where(some[:, None], values / tl.where(some, total, 1.0)[:, None], 0.0)
+
+    inside = present[:, None] & (dims < HEAD_DIM)[None, :]
+    if weight_ptr is not None:
+        out = _project(out, weight_ptr, bias_ptr, dims, HEAD_DIM, WIDEN)
+    if exact_ptr is not None:
+        exact = exact_ptr + head * stride_exh + rows[:, None] * stride_exs + dims[None, :]
+        exact = tl.load(exact, mask=inside, other=0.0).to(tl.float32)
+        if weight_ptr is None:
+            out -= exact
+        if shares_ptr is not None:
+            out *= tl.load(shares_ptr + head * stride_sh + block).to(tl.float32)
+        out += exact
     at = out_ptr + head * stride_oh + rows[:, None] * stride_os + dims[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=present[:, None] & (dims < HEAD_DIM)[None, :])
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -162,9 +193,7 @@ def _gradients_kernel(
         present = rows - block.to(tl.int64) * BLOCK < tl.load(lengths_ptr + head * stride_lh + block)
     state_ptr = sums_ptr + (head * num_sums + tl.minimum(block, num_sums - 1)) * (STATE_PARTS * WIDTH)
     x_rows = x_ptr + head * stride_xh + rows * stride_xs
-    top, share = 0.0, 0.0
-    if MAP == "softmax":
-        top, share = _softmax_of(x_rows, present, FEATURES, PADDED_FEATURES)
+    top, share = _softmax_of(x_rows, present, FEATURES, PADDED_FEATURES, MAP)
     values, total = _times_features(
         x_rows, present, top, share, state_ptr, dims, FEATURES, PADDED_FEATURES, PADDED_DIM, TILE, CHUNK, MAP, PARTS,
         STATE_PARTS, WIDTH, WIDEN,
@@ -208,7 +237,32 @@ def _gradients_kernel(
         tl.store(target, df.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (features < FEATURES)[None, :])
 
 
-def output_of(q: Tensor, sums: Tensor, block: int, feature_map: str, config: SlaConfig, out: Tensor) -> None:
+@dataclass(frozen=True, eq=False)
+class Join:
+    """What a linear output is joined to: ``exact + share * (linear W^T + b)``.
+
+    Args:
+        exact: ``(h, S, D)`` output of the exact part, last axis contiguous.
+        shares: ``(h, N)`` share of each query block, bool or floating, last axis contiguous; ``None`` for 1.
+        weight: ``(D, D)`` projection ``W``, contiguous; ``None`` for a mix, ``exact + share * (linear - exact)``.
+        bias: ``(D,)`` its ``b``, contiguous.
+    """
+
+    exact: Tensor
+    shares: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def output_of(
+    q: Tensor,
+    sums: Tensor,
+    block: int,
+    feature_map: str,
+    config: SlaConfig,
+    out: Tensor,
+    join: Join | None = None,
+) -> None:
     """Launch the kernel for the output.
 
     Args:
@@ -218,15 +272,23 @@ def output_of(q: Tensor, sums: Tensor, block: int, feature_map: str, config: Sla
         feature_map: One of ``MAPS``.
         config: The settings.
         out: ``(h, S, D)``, is written; last axis contiguous.
+        join: What it is joined to before it is written; ``None`` for nothing.
     """
     heads, tokens, features = q.shape
     constants = token_constants(features, out.shape[2], q.dtype, block, feature_map, config.output)
+    exact, shares, weight, bias = (None,) * 4 if join is None else (join.exact, join.shares, join.weight, join.bias)
     _output_kernel[(triton.cdiv(tokens, constants["TILE"]), heads)](
         q,
         sums,
         out,
+        exact,
+        shares,
+        weight,
+        bias,
         *q.stride()[:2],
         *out.stride()[:2],
+        *(out if exact is None else exact).stride()[:2],
+        0 if shares is None else shares.stride(0),
         tokens,
         sums.shape[1],
         **constants,
@@ -252,7 +314,7 @@ def gradients_of(
         x: ``(h, S, E)`` queries, keys, or the features of either, last axis contiguous.
         y: ``(h, S, D)`` gradient of the output, or values, likewise.
         sums: ``(h, N or 1, parts, width)`` bf16 states of the blocks.
-        lengths: ``(h or 1, N)`` int32 contiguous, real keys of each block.
+        lengths: ``(h, N)`` int32, real keys of each block, last axis contiguous.
         block: Tokens per block, a multiple of 16.
         feature_map: One of ``MAPS``.
         config: The settings.
@@ -273,7 +335,7 @@ def gradients_of(
         other,
         *x.stride()[:2],
         *y.stride()[:2],
-        lengths.stride(0) if lengths.shape[0] > 1 else 0,
+        lengths.stride(0),
         *dx.stride()[:2],
         *other.stride()[:2],
         tokens,
