@@ -65,6 +65,7 @@ def suite(device: str, *, tiny: bool = False) -> list[Job]:
     ]
     low = [c for c in known if c.name.endswith(LOW) or c.name in ("fastdit-triton", "sdpa-cudnn", "sdpa-flash")]
     jobs += _titled("low precision", timed(problems[:2], low, densities=(0.2, 1.0)))
+    jobs += _titled("orders", timed(problems[:2], of_orders(), densities=(0.1,)))
     jobs += [method_job(problem, device, repeats) for problem in problems[:2]]
     jobs += [sla_check_job(dim, dtype, device) for dtype in dtypes[tiny:] for dim in ((16,) if tiny else (128, 64, 72))]
     jobs += [sla_job(problem, density, device, repeats) for problem in problems[:2] for density in (0.05, 0.1)]
@@ -85,6 +86,7 @@ def check_job(head_dim: int, dtype: torch.dtype, device: str, *, tiny: bool = Fa
     parts: dict[str, dict[str, Any]] = {f"{variant}": {"variant": variant} for variant in VARIANTS}
     parts["mean"] = {"compensate": "mean"}
     parts |= {precision: {"precision": precision} for precision in list_precisions()}
+    parts |= {f"{precision} gathered": {"precision": precision} for precision in list_precisions()}
     parts["fa4"] = {"kernel": "fa4"}
     grid = VideoGrid(3, 7, 11) if tiny else VideoGrid(5, 27, 31)
     problem = Problem("odd", 1, 2, head_dim, TokenSpec(grid))
@@ -100,7 +102,10 @@ def check_job(head_dim: int, dtype: torch.dtype, device: str, *, tiny: bool = Fa
                 continue
             try:
                 with poisoned_empty(), torch.no_grad():
-                    out, _ = block_sparse_attention(q, k, v, mask, **{"kernel": "triton", **parts[part]})
+                    if part.endswith("gathered"):
+                        out = _in_order(parts[part]["precision"], "gathered", q, k, v, mask)()
+                    else:
+                        out, _ = block_sparse_attention(q, k, v, mask, **{"kernel": "triton", **parts[part]})
             except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the next part is tried
                 outcome.faults[part] = failure(error)
                 continue
@@ -154,11 +159,31 @@ def _with_setting(config: Config, q: Tensor, k: Tensor, v: Tensor, mask: BlockMa
     return lambda: block_sparse_fwd(q, k, v, mask, options, config)[0]
 
 
+def of_orders() -> list[Contender]:
+    """Make contenders for tokens in another order: for each low precision, laid out first or gathered by the kernel."""
+    ways = [(precision, way) for precision in list_precisions() for way in ("laid out", "gathered")]
+    return [Contender(" ".join(way), True, partial(_in_order, *way), exact=False, ours=True) for way in ways]
+
+
+def _in_order(precision: str, way: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
+    from fastdit.attention.kernels.triton_layout import triton_lay_out
+
+    if (reason := _refusal(q, k, v, mask, precision=precision)) is not None:
+        raise Unavailable(reason)
+    runs = torch.arange(q.shape[2], device=q.device).split(8)
+    index = torch.cat([runs[i] for i in torch.randperm(len(runs), generator=torch.Generator().manual_seed(0))])
+    # In memory as models have them: all heads of a token together.
+    tensors = [x[:, :, index.argsort()].transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    attend = partial(block_sparse_attention, mask=mask, kernel="triton", precision=precision)
+    if way == "gathered":
+        return lambda: attend(*tensors, index=index[None])[0]
+    return lambda: attend(*triton_lay_out(index[None], *tensors))[0]
+
+
 def _refusal(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kernel: str = "triton", **how: str) -> str | None:
     """Ask a kernel why it cannot run a call; what it does not refuse it has to run."""
     module = {"triton": triton_attention, "fa4": fa4}[kernel]
-    precision = how.get("precision", "").partition(" ")[0] or None
-    options = Options(q.shape[-1] ** -0.5, how.get("compensate"), precision, how.get("variant"))
+    options = Options(q.shape[-1] ** -0.5, how.get("compensate"), how.get("precision"), how.get("variant"))
     return module.available() or module.check(q, k, v, mask, options)
 
 

@@ -51,6 +51,11 @@ def int8_fp8(q, k, v, mask):
     return int8_fwd(q, k, v, mask, Options(0.2, precision="int8_fp8"), config_of(mask))
 
 
+def gathered(q, k, v, mask):
+    index = torch.arange(k.shape[2]).flip(0)[None]
+    return int8_fwd(q, k, v, mask, Options(0.2, "mean", "int8_fp8", index=index), config_of(mask))
+
+
 def mass(q, k, v, mask):
     lengths = {"lengths_q": mask.lengths_q, "lengths_k": mask.lengths_k}
     return triton_block_mass(q, k, None, scale=0.2, block=mask.block_q, **lengths)
@@ -90,10 +95,10 @@ def launcher(places, seen):
 
 
 @pytest.mark.parametrize(
-    "run", [backward, backward_with_means, int8, int8_fp8, mass, means, lay_out], ids=lambda run: run.__name__
+    "run", [backward, backward_with_means, int8, int8_fp8, gathered, mass, means, lay_out], ids=lambda run: run.__name__
 )
 def test_inputs_far_apart(run, monkeypatch):
-    block = 32 if run is int8_fp8 else 16
+    block = 32 if run in (int8_fp8, gathered) else 16
     case = Case(heads=(1, 2), tokens=(3 * block, 3 * block), blocks=(block, block), head_dim=16)
     mask, tensors = case.mask(), case.tensors(torch.float16)
     far = []
@@ -144,7 +149,9 @@ def ends_only(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [(9, 512), (1, 4608)], ids=str)
-@pytest.mark.parametrize("run", [forward, backward, int8, int8_fp8, means, lay_out, mass], ids=lambda run: run.__name__)
+@pytest.mark.parametrize(
+    "run", [forward, backward, int8, int8_fp8, gathered, means, lay_out, mass], ids=lambda run: run.__name__
+)
 def test_large_tensors(run, heads, ends_only):
     x = torch.empty(*heads, 4096, 128, dtype=torch.float16)  # the last sample, and some heads, begin past 2**31
     mask = Case(tokens=(4096, 4096), blocks=(128, 128), rows="one").mask()

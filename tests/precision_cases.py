@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from kernel_cases import Case, naive
+from torch import Tensor
 
 from fastdit.attention.kernels import block_sparse_attention
+from fastdit.layout import TokenLayout
+from fastdit.mask import BlockMask
+from fastdit.tokens import TokenSpec, VideoGrid
 
 
 def check_low_precision(
@@ -41,3 +45,53 @@ def check_low_precision(
     assert error <= budget, f"error {error:.2e}, budget {budget:.2e}, {error / exact.norm():.2e} of the result"
     lost, by_rounding = (x[~empty].norm() for x in (lse - meant_lse, meant_lse - exact_lse))
     assert lost <= 0.3 * by_rounding + 1e-4 * q.shape[2] ** 0.5, f"log-sum-exp: {lost:.2e}, {by_rounding:.2e}"
+
+
+def unordered(
+    head_dim: int, dtype: torch.dtype, *, own: bool, blocks: tuple[int, int] = (32, 32), device: str = "cpu"
+) -> tuple[tuple[Tensor, ...], TokenLayout, BlockMask]:
+    """Make tokens as models give them, an order with padding in its middle, and blocks of each head in that order.
+
+    Two samples of a ragged video after text, of which a part is padding. Five tokens more belong to no sequence: NaN.
+
+    Args:
+        head_dim: Head dim.
+        dtype: Of queries, keys and values.
+        own: Whether each head has an order of its own.
+        blocks: Queries and keys in a block, of which the larger one is a multiple of the other.
+        device: Where all is.
+    """
+    spec = TokenSpec(VideoGrid(3, 3, 5), 11, text_first=True)
+    order = torch.stack([torch.randperm(45) for _ in range(2 if own else 1)])
+    layout = TokenLayout.build(spec, block=max(blocks), order=order, segments=torch.tensor([10, 35]), device=device)
+    padding = torch.zeros(2, spec.num_tokens, dtype=torch.bool, device=device)
+    padding[0, 4:11] = padding[1, 10:11] = True
+    lengths_q, lengths_k = layout.lengths(blocks[0])[None], layout.lengths_without(padding, blocks[1])
+    some = torch.rand(2, 2, lengths_q.shape[-1], lengths_k.shape[-1]) < 0.6
+    sizes = {"block_q": blocks[0], "block_k": blocks[1], "lengths_q": lengths_q, "lengths_k": lengths_k}
+    mask = BlockMask.from_dense(some.to(device), **sizes)
+    tensors = torch.randn(3, 2, spec.num_tokens + 5, 2, head_dim).to(device, dtype).transpose(2, 3)
+    tensors[:, :, :, spec.num_tokens :] = torch.nan
+    return tensors.unbind(), layout, mask
+
+
+def check_gathered(head_dim: int, dtype: torch.dtype, precision: str, compensate: str | None, **how: object) -> None:
+    """Run the Triton kernel on tokens that are not in order; the result must be, to the bit, that of ordered ones.
+
+    Args:
+        head_dim: Head dim.
+        dtype: Of queries, keys and values.
+        precision: Low precision.
+        compensate: What stands in for blocks.
+        **how: As for ``unordered``.
+
+    Raises:
+        AssertionError: It is another one.
+    """
+    tensors, layout, mask = unordered(head_dim, dtype, **how)
+    options = {"kernel": "triton", "precision": precision, "compensate": compensate}
+    laid_out = [layout.apply(x[:, :, : layout.num_tokens]) for x in tensors]
+    expected, expected_lse = block_sparse_attention(*laid_out, mask, **options)
+    out, lse = block_sparse_attention(*tensors, mask, index=layout.index, **options)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and out.stride() == expected.stride()
+    assert out.isfinite().all() and out.count_nonzero() > 0.5 * out.numel()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import torch
 from kernel_compile import TENSOR_CORES, TYPES, Entry
@@ -21,6 +23,7 @@ from fastdit.attention.kernels.triton_quantize import (
 )
 
 BF16, FP16 = torch.bfloat16, torch.float16
+INDEX = torch.zeros(1, 1, dtype=torch.int64)
 MIN_WIDE_TILE = 64  # queries in a tile, below which sm_90 uses the instruction of earlier GPUs
 # What multiplies int8, and fp8; where sm_90 has small tiles, fp8 is widened to 16 bits.
 INT8_OPS = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 120: "IMMA"}
@@ -28,7 +31,7 @@ FP8_OPS = {89: "QMMA", 90: "QGMMA", 120: "QMMA"}
 
 
 def low_precision() -> Iterator[Entry]:
-    """Yield the forward kernel in int8 and in int8 with fp8, each with means and without."""
+    """Yield the forward kernel in int8 and in int8 with fp8, each with means and without, in order and gathered."""
     for (arch, dim, precision), configs in TABLE_INT8.items():
         for compensate in (None, "mean"):
             options = Options(1.0, compensate, precision)
@@ -40,6 +43,10 @@ def low_precision() -> Iterator[Entry]:
             if compensate is None:
                 yield fwd_entry(arch, dim, FP16, (128, 128), configs[0], options)
                 yield fwd_entry(arch, 96 if dim == 128 else 32, BF16, (128, 128), configs[0], options)
+            else:
+                # Queries are gathered for the means alone, behind the loops.
+                gathered = replace(options, index=INDEX)
+                yield fwd_entry(arch, dim, BF16, (128, 128), configs[0], gathered)
 
 
 def fwd_entry(
@@ -56,12 +63,14 @@ def fwd_entry(
     constants = int8_constants(head_dim, options, *blocks, config)
     types = dict.fromkeys(("q_ptr", "v_ptr", "out_ptr", "mean_k_ptr", "mean_v_ptr"), f"*{TYPES[dtype]}")
     types |= dict.fromkeys(("q8_ptr", "k8_ptr", "dropped_ptr"), "*i8") | {"scale": "fp32"}
+    types |= {"index_ptr": "*i64"} if constants["INDEXED"] else {}
     types |= dict.fromkeys(("q_scales_ptr", "k_scales_ptr", "v_scales_ptr", "lse_ptr"), "*fp32")
     if fp8:
         types["v_ptr"] = "*fp8e4nv"
     wide = config.tile_q >= MIN_WIDE_TILE
     name = f"sm_{arch}-{options.precision}-{TYPES[dtype]}-{head_dim}-{config.tile_q}x{config.tile_k}"
     name += f"x{config.num_warps}x{config.num_stages}{'-means' if means else ''}"
+    name += "-gathered" if constants["INDEXED"] else ""
     first, second = INT8_OPS[arch], (FP8_OPS if fp8 else TENSOR_CORES)[arch]
     return Entry(
         name=name,
@@ -78,7 +87,7 @@ def fwd_entry(
 
 
 def rounding() -> Iterator[Entry]:
-    """Yield the kernels that quantise, which multiply nothing."""
+    """Yield the kernels that quantise, which multiply nothing, of tokens in order and gathered."""
     kernels = {
         "queries": (_quantize_blocks_kernel, {"QUERIES": True, "POOL": True}),
         "keys": (_quantize_blocks_kernel, {"QUERIES": False, "POOL": False}),
@@ -90,14 +99,14 @@ def rounding() -> Iterator[Entry]:
         for name, (kernel, own) in kernels.items():
             if name == "values" and arch not in FP8_OPS:
                 continue
-            for dim, block in ((128, 128), (72, 64), (128, 384)):
+            for (dim, block), indexed in product(((128, 128), (72, 64), (128, 384)), (False, True)):
                 types = {"x_ptr": "*bf16", "rounded_ptr": "*fp8e4nv" if name == "values" else "*i8", "scale": "fp32"}
-                types |= dict.fromkeys(singles, "*fp32")
+                types |= dict.fromkeys(singles, "*fp32") | ({"index_ptr": "*i64"} if indexed else {})
                 yield Entry(
-                    name=f"sm_{arch}-round-{name}-{dim}-{block}",
+                    name=f"sm_{arch}-round-{name}-{dim}-{block}{'-gathered' if indexed else ''}",
                     arch=arch,
                     kernel=kernel,
-                    constants=quantize_constants(dim, block) | own,
+                    constants=quantize_constants(dim, block, indexed=indexed) | own,
                     options=quantize_options(),
                     types={name: kind for name, kind in types.items() if name in kernel.arg_names},
                     tensor_op=None,

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import CASES, Case, means_by_hand
-from precision_cases import check_low_precision
+from precision_cases import check_gathered, check_low_precision, unordered
 
-from fastdit.attention.kernels import block_sparse_attention, choose_kernel
+from fastdit.attention.kernels import block_sparse_attention, choose_kernel, triton_int8
 from fastdit.attention.kernels.options import Options
 from fastdit.attention.kernels.quantize import quantize_blocks, quantize_channels, smooth_keys
 from fastdit.attention.kernels.triton_config import Config
@@ -66,6 +66,42 @@ def test_blocks_larger_than_tiles(tiles, precision, compensate):
     torch.testing.assert_close(lse, whole_lse)
     rounding = 2e-3 if precision == "int8" else 2e-2
     assert (out - whole).float().norm() <= rounding * whole.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "precision", "compensate", "blocks", "dtype", "own"),
+    [
+        (64, "int8", None, (32, 32), BF16, True),
+        (72, "int8", "mean", (16, 32), FP16, True),
+        (128, "int8", "mean", (32, 16), BF16, False),
+        (64, "int8_fp8", "mean", (96, 96), FP16, False),
+        (72, "int8_fp8", None, (64, 64), BF16, True),
+        (128, "int8_fp8", "mean", (32, 32), FP16, True),
+    ],
+    ids=str,
+)
+def test_gathered(head_dim, precision, compensate, blocks, dtype, own):
+    check_gathered(head_dim, dtype, precision, compensate, own=own, blocks=blocks)
+
+
+@pytest.mark.parametrize(("precision", "copied"), [("int8", [1]), ("int8_fp8", [])])
+def test_only_values_in_16_bits_are_copied(precision, copied, monkeypatch):
+    """With a negative scale, and one order for all heads."""
+    tensors, layout, mask = unordered(64, BF16, own=False, blocks=(64, 64))
+    seen, lay_out = [], triton_int8.triton_lay_out
+    how = {"kernel": "triton", "precision": precision, "compensate": "mean", "scale": -0.2}
+    expected = block_sparse_attention(*(layout.apply(x[:, :, : layout.num_tokens]) for x in tensors), mask, **how)
+    monkeypatch.setattr(triton_int8, "triton_lay_out", lambda i, *x: seen.append(len(x)) or lay_out(i, *x))
+    out, lse = block_sparse_attention(*tensors, mask, index=layout.index, **how)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1]) and seen == copied
+
+
+def test_an_index_needs_low_precision():
+    tensors, layout, mask = unordered(64, FP16, own=False)
+    with pytest.raises(
+        RuntimeError, match=r"kernel 'triton' cannot run: it gathers .* only in low precision; put them"
+    ):
+        block_sparse_attention(*tensors, mask, kernel="triton", index=layout.index)
 
 
 @pytest.mark.parametrize(("scale", "precision"), [(-0.2, "int8"), (-0.2, "int8_fp8"), (0.0, "int8"), (1.5, "int8_fp8")])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import CASES, Case
-from precision_cases import check_low_precision
+from precision_cases import check_gathered, check_low_precision
 
 from fastdit.attention.kernels import block_sparse_attention, choose_kernel, explain_kernels, list_precisions
 from fastdit.attention.kernels.quantize import int8_products, quantize_blocks, quantize_channels, round_weights
@@ -227,6 +227,19 @@ def test_triton_on_a_gpu(case, dtype, precision, compensate, poisoned_empty):
     if reason is not None:
         pytest.skip(reason)
     check_low_precision(case, dtype, precision, compensate, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("compensate", [None, "mean"])
+@pytest.mark.parametrize("precision", list_precisions())
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_gathered_on_a_gpu(head_dim, own, precision, compensate, poisoned_empty):
+    reason = int8_reason(torch.cuda.get_device_capability(), torch.bfloat16, precision, 64)
+    if reason is not None:
+        pytest.skip(reason)
+    check_gathered(head_dim, torch.bfloat16, precision, compensate, own=own, blocks=(64, 64), device="cuda")
 
 
 @pytest.mark.parametrize(

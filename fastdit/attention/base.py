@@ -134,8 +134,11 @@ class BlockMethod(AttentionMethod):
         pattern = replace(pattern, mask=state.mask(pattern, call))
         state.kept = pattern.mask.kept
         layout = pattern.layout
-        q, k, v = state.measure("order", q.device, lambda: lay_out(layout, q, k, v))
-        out = self.attend(q, k, v, pattern, call, state)
+        if state.precision is None or layout.identity or not self._takes_any_order(q, k, v):
+            q, k, v = state.measure("order", q.device, lambda: lay_out(layout, q, k, v))
+            out = self.attend(q, k, v, pattern, call, state)
+        else:
+            out = self._attend_blocks(q, k, v, pattern, call, state, laid_out=False)
         return state.measure("order", q.device, lambda: put_back(layout, out))
 
     def attend(
@@ -154,12 +157,32 @@ class BlockMethod(AttentionMethod):
         Returns:
             ``(B, H, S_padded, D)``, in the dtype of ``q``.
         """
-        mask, compensate = pattern.mask, self.compensate
+        return self._attend_blocks(q, k, v, pattern, call, state, laid_out=True)
+
+    def _takes_any_order(self, *tensors: Tensor) -> bool:
+        """Say whether tokens may be left where they are: a second branch needs them laid out, and so do odd strides."""
+        return type(self).attend is BlockMethod.attend and all(x.stride(-1) == 1 for x in tensors)
+
+    def _attend_blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        call: AttentionCall,
+        state: MethodState,
+        *,
+        laid_out: bool,
+    ) -> Tensor:
+        """Compute the attention of the pattern; low precision lets the kernel lay tokens out, as it rounds them."""
+        layout, mask, compensate, index = pattern.layout, pattern.mask, self.compensate, None
         precision = state.precision_of(q, k, v, mask, compensate)
-        out, _ = block_sparse_attention(
-            q, k, v, mask, scale=call.scale, kernel=state.kernel, compensate=compensate, precision=precision
-        )
-        return out
+        if not laid_out and precision is not None:
+            index = layout.index
+        elif not laid_out:
+            q, k, v = state.measure("order", q.device, lambda: lay_out(layout, q, k, v))
+        how = {"kernel": state.kernel, "compensate": compensate, "precision": precision, "index": index}
+        return block_sparse_attention(q, k, v, mask, scale=call.scale, **how)[0]
 
 
 Method = TypeVar("Method", bound=type[AttentionMethod])

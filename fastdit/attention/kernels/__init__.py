@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...mask import BlockMask
-from .lists import check_lists, lists_are_checked
+from .lists import check_index, check_lists, lists_are_checked
 from .options import PRECISIONS, Options
 
 _AUTOMATIC = ("triton", "cpu")
@@ -38,12 +38,13 @@ def block_sparse_attention(
     compensate: str | None = None,
     precision: str | None = None,
     variant: str | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of listed blocks.
 
     Gradients flow through the output to q, k and v; the log-sum-exp carries them only with ``kernel="reference"``.
-    Rows of padding queries hold finite numbers without meaning. The lists of the mask are trusted, unless the
-    environment says ``FASTDIT_CHECK_LISTS=1``.
+    Rows of padding queries hold finite numbers without meaning. The lists of the mask and the index are trusted,
+    unless the environment says ``FASTDIT_CHECK_LISTS=1``.
 
     Args:
         q: ``(B, H, Sq, D)`` queries, in the order of the mask, last axis contiguous.
@@ -60,20 +61,27 @@ def block_sparse_attention(
             long as products.
         variant: How the kernel reads full blocks, for tests and tuning: one of ``options.VARIANTS``; default: what its
             table says.
+        index: ``(1 or H, n)`` int64: the token at each position of the mask's sequence, -1 for padding. q, k and v are
+            then in another order, of one length that need not be n, and are gathered where they are read, so that no
+            copies in order are made; only kernels in low precision and ``"reference"`` do so. Default: q, k and v are
+            in the order of the mask.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the log-sum-exp of each row in natural log,
-        ``(B, H, Sq)``, fp32 (fp64 for fp64 inputs). A row without keys is 0 and -inf.
+        ``(B, H, Sq)``, fp32 (fp64 for fp64 inputs), both in the order of the mask: with an index Sq is n. A row without
+        keys is 0 and -inf.
 
     Raises:
         ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel or option.
         TypeError: Dtypes differ or are not floating point.
         RuntimeError: No kernel, or not the one asked for, can run; the message says why.
     """
-    check_inputs(q, k, v, mask)
+    check_inputs(q, k, v, mask, index)
     if lists_are_checked():
         check_lists(mask)
-    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, compensate, precision, variant)
+        if index is not None:
+            check_index(index, mask, q.shape[2])
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, compensate, precision, variant, index)
     return _module(_choose(q, k, v, mask, options, kernel)).run(q, k, v, mask, options)
 
 
@@ -187,7 +195,7 @@ def explain_kernels(
     return {name: _reason(name, q, k, v, mask, options) for name in list_kernels()}
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor | None = None) -> None:
     """Check that tensors and mask fit each other, before anything is computed.
 
     Args:
@@ -195,6 +203,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
         k: ``(B, H, Sk, D)`` keys.
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks.
+        index: ``(1 or H, n)`` int64, the token at each position of the mask's sequence; default: the positions.
 
     Raises:
         ValueError: Shapes, devices or the mask do not fit each other.
@@ -216,9 +225,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
             "q, k, v and mask must be on one device, got "
             f"{q.device}, {k.device}, {v.device}, {mask.device}; see mask.to(device)"
         )
+    tokens_q, tokens_k = q.shape[2], k.shape[2]
+    if index is not None:
+        _check_index_shape(index, q, k)
+        tokens_q = tokens_k = index.shape[1]
     for side, tokens, num, block in (
-        ("queries", q.shape[2], mask.num_q, mask.block_q),
-        ("keys", k.shape[2], mask.num_k, mask.block_k),
+        ("queries", tokens_q, mask.num_q, mask.block_q),
+        ("keys", tokens_k, mask.num_k, mask.block_k),
     ):
         if math.ceil(tokens / block) != num:
             raise ValueError(
@@ -231,12 +244,25 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
                 f"mask.{name} is for batch {tensor.shape[0]} and {tensor.shape[1]} heads; "
                 f"batch must be 1 or {q.shape[0]}, heads 1 or {q.shape[1]}"
             )
-    tail = k.shape[2] - (mask.num_k - 1) * mask.block_k
+    tail = tokens_k - (mask.num_k - 1) * mask.block_k
     # On a GPU this look-up would wait for the device at every call, so there the mask is trusted.
     if tail < mask.block_k and mask.device.type == "cpu" and int(mask.lengths_k[..., -1].max()) > tail:
         raise ValueError(
             f"the last key block of the mask holds {int(mask.lengths_k[..., -1].max())} keys, but k ends after "
-            f"{tail} of it; build the mask with tokens_k={k.shape[2]}"
+            f"{tail} of it; build the mask with tokens_k={tokens_k}"
+        )
+
+
+def _check_index_shape(index: Tensor, q: Tensor, k: Tensor) -> None:
+    if index.ndim != 2 or index.shape[0] not in (1, q.shape[1]) or index.dtype != torch.int64:
+        raise ValueError(
+            f"index must be (1 or H, n) int64 with H = {q.shape[1]}, got {tuple(index.shape)} {index.dtype}"
+        )
+    if index.device != q.device:
+        raise ValueError(f"index must be on the device of q, {q.device}, got {index.device}; see index.to(device)")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"an index orders queries and keys alike, so they must be as many, got {q.shape[2]} and {k.shape[2]}"
         )
 
 

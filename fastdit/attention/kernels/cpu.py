@@ -83,6 +83,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return f"it computes in the precision of its inputs; {options.precision} is not faster on a CPU"
     if options.variant is not None:
         return f"it has no variants, got variant={options.variant!r}"
+    if options.index is not None:
+        return "it takes tokens in the order of the mask and no index; put them in order"
     return None
 
 

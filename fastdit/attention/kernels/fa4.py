@@ -47,6 +47,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
     if options.compensate is not None or options.precision is not None or options.variant is not None:
         return "it knows neither compensation nor low precision nor variants"
+    if options.index is not None:
+        return "it takes tokens in the order of the mask and no index; put them in order"
     if options.scale <= 0:
         return f"it takes positive scales, got {options.scale}"
     capability = torch.cuda.get_device_capability(q.device)

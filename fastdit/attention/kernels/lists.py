@@ -51,6 +51,28 @@ def check_lists(mask: BlockMask) -> None:
         raise ValueError(f"mask.every must hold each of the {num_k} key blocks once, got {mask.every.tolist()}")
 
 
+def check_index(index: Tensor, mask: BlockMask, tokens: int) -> None:
+    """Check that no kernel would read past the tokens.
+
+    Args:
+        index: ``(1 or H, n)`` int64, the token at each position of the mask's sequence, -1 for padding.
+        mask: The blocks, of any device.
+        tokens: Tokens that there are, at least 1.
+
+    Raises:
+        ValueError: A number is no token and not -1, or there is padding among the real tokens of a block.
+    """
+    outside = (index < -1) | (index >= tokens)
+    if bool(outside.any()):
+        raise ValueError(f"index must be in [-1, {tokens}), got {int(index[outside][0])}; see TokenLayout.index")
+    for block, lengths in ((mask.block_q, mask.lengths_q), (mask.block_k, mask.lengths_k)):
+        real = (torch.arange(block, device=mask.device) < lengths[..., None]).flatten(2)[..., : index.shape[1]]
+        if bool((real & (index < 0)).any()):
+            raise ValueError(
+                "index is -1 where the mask's lengths count real tokens; in a block they come first, and padding last"
+            )
+
+
 def _refuse(wrong: Tensor, text: str, mask: BlockMask) -> None:
     if not bool(wrong.any()):
         return

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 COMPENSATIONS = ("mean",)
 PRECISIONS = ("int8", "int8_fp8")
 VARIANTS = ("loads", "tma", "warps")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Options:
     """Say how listed blocks are computed; every kernel gets one.
 
@@ -21,6 +23,8 @@ class Options:
         variant: How a kernel of several variants reads full blocks, for tests and tuning: ``"loads"``: every thread
             copies its part; ``"tma"``: by tensor descriptors; ``"warps"``: likewise, by warps that do nothing else.
             Or ``None`` for what its table says.
+        index: ``(1 or H, n)`` int64: the token at each position of the mask's sequence, -1 for padding, by which the
+            kernel gathers tokens itself; ``None`` if they are in the order of the mask.
 
     Raises:
         ValueError: A value is not among these.
@@ -30,6 +34,7 @@ class Options:
     compensate: str | None = None
     precision: str | None = None
     variant: str | None = None
+    index: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):

@@ -48,6 +48,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads = q.shape[:2]
+    if options.index is not None:
+        q, k, v = (_gather(x, options.index) for x in (q, k, v))
     outs, lses = [], []
     for b in range(batch):
         for h in range(heads):
@@ -85,6 +87,12 @@ def _head(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         listed, v = round_weights(listed), v8.to(v.dtype) * scales
     out = torch.where(some, (listed @ v + stand_ins @ means) / total, 0)
     return out, torch.where(some, total.log() + top + offset, -torch.inf)[..., 0]
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Put tokens in order, with zeros for padding: ``(B, H, n, D)``."""
+    tokens = index.clamp(min=0)[None, :, :, None].expand(*x.shape[:2], -1, x.shape[3])
+    return x.gather(2, tokens).masked_fill((index < 0)[None, :, :, None], 0)
 
 
 def _one_head(mask: BlockMask, b: int, h: int) -> BlockMask:

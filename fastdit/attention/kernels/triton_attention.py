@@ -59,6 +59,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
     if options.variant is not None and options.precision is not None:
         return f"precision={options.precision!r} has no variants, got variant={options.variant!r}"
+    if options.index is not None and options.precision is None:
+        return "it gathers tokens through an index only in low precision; put them in order, or ask for a precision"
     if options.precision is not None:
         return int8_reason(_capability(q), q.dtype, options.precision, mask.block_k)
     if options.variant in (None, "loads"):

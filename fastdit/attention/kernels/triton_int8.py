@@ -15,6 +15,7 @@ from .options import Options
 from .quantize import E4M3_MAX
 from .triton_config import Config
 from .triton_fwd import _attend_means, _dot, _load, compile_options
+from .triton_layout import triton_lay_out
 from .triton_means import MEANS_TILE, broadcast_strides, triton_block_means
 from .triton_quantize import quantize_constants, quantize_queries_keys, quantize_values, to_e4m3
 
@@ -98,6 +99,7 @@ def _int8_fwd_kernel(
     mean_k_ptr,
     mean_v_ptr,
     dropped_ptr,
+    index_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -116,6 +118,7 @@ def _int8_fwd_kernel(
     stride_lh,
     stride_db,
     stride_dh,
+    stride_nh,
     tokens_q,
     num_q,
     num_k,
@@ -128,6 +131,7 @@ def _int8_fwd_kernel(
     TILE_K: tl.constexpr,
     FP8: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    INDEXED: tl.constexpr,
     MEANS_TILE: tl.constexpr,
     MEANS_STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -183,8 +187,12 @@ def _int8_fwd_kernel(
         acc *= v_scales[None, :]
         top -= _LOG2_E4M3_MAX
     if COMPENSATE:
-        q_tile = q_ptr + batch * stride_qb + head * stride_qh + start_q * stride_qs
-        q = tl.load(q_tile + offsets_q[:, None] * stride_qs + dims[None, :], mask=present, other=0.0)
+        q_head = q_ptr + batch * stride_qb + head * stride_qh
+        rows = start_q + offsets_q
+        if INDEXED:
+            rows = tl.load(index_ptr + head * stride_nh + rows, mask=inside, other=-1)
+        real = present & (rows >= 0)[:, None]
+        q = tl.load(q_head + rows[:, None] * stride_qs + dims[None, :], mask=real, other=0.0)
         mean_head = one * tl.cdiv(num_k, MEANS_TILE) * MEANS_TILE * HEAD_DIM
         dropped_row = dropped_ptr + batch * stride_db + head * stride_dh + row.to(tl.int64) * num_k
         for start in tl.range(0, num_k, MEANS_TILE, num_stages=MEANS_STAGES):
@@ -220,25 +228,30 @@ def int8_fwd(
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype and memory order of ``q``, and the natural log-sum-exp,
-        ``(B, H, Sq)`` fp32.
+        ``(B, H, Sq)`` fp32; with an index, ``(B, H, n, D)``, contiguous, and ``(B, H, n)``.
     """
     scale, compensate, fp8 = options.scale, options.compensate is not None, options.precision == "int8_fp8"
     if scale < 0:
         # The kernel takes the row maximum before it scales.
         q, scale = -q, -scale
-    batch, heads, tokens, dim = q.shape
+    index = index_v = options.index
+    out = torch.empty_like(q) if index is None else q.new_empty(*q.shape[:2], index.shape[1], q.shape[3])
+    batch, heads, tokens, dim = out.shape
+    if index is not None and not fp8:
+        # In 16 bits values are read where they are by every row that lists them; in order that is faster.
+        (v,), index_v = triton_lay_out(index, v), None
     indices, counts, full_counts, lengths = (
         x.contiguous() for x in (mask.indices, mask.counts, mask.full_counts, mask.lengths_k)
     )
-    rounded = quantize_queries_keys(q, k, mask, scale)
+    rounded = quantize_queries_keys(q, k, mask, scale, index=index)
     lse = rounded.lost  # the kernel adds to it
     mean_k, mean_v, dropped = q, q, counts  # not read
     if compensate:
         mean_k = (rounded.k_means - rounded.k_mean[:, :, None]).to(k.dtype)
-        mean_v = triton_block_means(v, mask).to(v.dtype)
+        mean_v = triton_block_means(v, mask, index_v).to(v.dtype)
         dropped = dropped_blocks(mask).view(torch.int8)
-    values, v_scales = quantize_values(v, mask) if fp8 else (v, lse)
-    out = torch.empty_like(q)
+    values, v_scales = quantize_values(v, mask, index_v) if fp8 else (v, lse)
+    order = counts if index is None else index.contiguous()[None]
     _int8_fwd_kernel[(triton.cdiv(tokens, config.tile_q), heads, batch)](
         q,
         rounded.q,
@@ -257,6 +270,7 @@ def int8_fwd(
         mean_k,
         mean_v,
         dropped,
+        order,
         *q.stride()[:3],
         *values.stride()[:3],
         *out.stride()[:3],
@@ -265,6 +279,7 @@ def int8_fwd(
         *broadcast_strides(counts),
         *broadcast_strides(lengths),
         *broadcast_strides(dropped),
+        broadcast_strides(order)[1],
         tokens,
         mask.num_q,
         mask.num_k,
@@ -296,6 +311,7 @@ def int8_constants(
         "TILE_K": config.tile_k,
         "FP8": options.precision == "int8_fp8",
         "COMPENSATE": options.compensate is not None,
+        "INDEXED": options.compensate is not None and options.index is not None,
         "MEANS_TILE": MEANS_TILE,
         "MEANS_STAGES": 1 if head_dim <= 32 or config.tile_q == 16 else config.num_stages,
         "INTERPRET": triton.knobs.runtime.interpret,

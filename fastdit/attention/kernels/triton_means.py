@@ -53,19 +53,20 @@ def _block_means_kernel(
     tl.store(means_ptr + row + dims, total / tl.maximum(length, 1), mask=dims < HEAD_DIM)
 
 
-def triton_block_means(x: Tensor, mask: BlockMask) -> Tensor:
+def triton_block_means(x: Tensor, mask: BlockMask, index: Tensor | None = None) -> Tensor:
     """Average keys or values over the real tokens of each key block, as ``means.block_means`` does.
 
     Args:
         x: ``(B, H, Sk, D)`` keys or values, last axis contiguous; padding may hold anything.
         mask: The blocks.
+        index: ``(1 or H, n)`` int64, the token at each position of the mask's sequence; default: the positions.
 
     Returns:
         ``(B, H, Np, D)`` fp32, where ``Np`` is the number of blocks rounded up to a multiple of ``MEANS_TILE``; 0 for
         a block without real keys and past the last one.
     """
     blocks = triton.cdiv(mask.num_k, MEANS_TILE) * MEANS_TILE
-    return triton_means_of_blocks(x, mask.block_k, mask.lengths_k, blocks=blocks)
+    return triton_means_of_blocks(x, mask.block_k, mask.lengths_k, index=index, blocks=blocks)
 
 
 def triton_means_of_blocks(

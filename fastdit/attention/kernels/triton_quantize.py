@@ -56,10 +56,26 @@ def to_e4m3(x, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _real_rows(first, start, length, stride, dims, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+def _real_rows(
+    x_head,
+    index_head,
+    first,
+    start,
+    length,
+    stride,
+    dims,
+    HEAD_DIM: tl.constexpr,
+    INDEXED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     rows = start + tl.arange(0, TILE)
+    if INDEXED:
+        tokens = tl.load(index_head + first + rows, mask=rows < length, other=0)
+    else:
+        tokens = rows.to(tl.int64)
+        x_head += first * stride  # one number for all rows, which saves registers
     real = (rows < length)[:, None] & (dims < HEAD_DIM)[None, :]
-    x = tl.load(first + rows[:, None].to(tl.int64) * stride + dims[None, :], mask=real, other=0.0).to(tl.float32)
+    x = tl.load(x_head + tokens[:, None] * stride + dims[None, :], mask=real, other=0.0).to(tl.float32)
     return x, real
 
 
@@ -78,15 +94,18 @@ def _quantize_blocks_kernel(
     lost_ptr,
     means_ptr,
     lengths_ptr,
+    index_ptr,
     stride_xb,
     stride_xh,
     stride_xs,
     stride_lb,
     stride_lh,
+    stride_ih,
     tokens,
     scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -100,14 +119,15 @@ def _quantize_blocks_kernel(
     length = tl.load(lengths_ptr + batch * stride_lb + head * stride_lh + block)
     dims = tl.arange(0, PADDED_DIM)
     mean = tl.load(mean_ptr + one * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
-    start_x = block.to(tl.int64) * BLOCK
-    first = x_ptr + batch * stride_xb + head * stride_xh + start_x * stride_xs
+    first = block.to(tl.int64) * BLOCK
+    x_head = x_ptr + batch * stride_xb + head * stride_xh
+    index_head = index_ptr + head * stride_ih
 
     # A block of one tile is loaded once: the compiler unrolls both loops and finds the second load again.
     tops = tl.zeros([PADDED_DIM], tl.int32)
     sums = tl.zeros([PADDED_DIM], tl.float32)
     for start in tl.range(0, BLOCK, TILE):
-        x, real = _real_rows(first, start, length, stride_xs, dims, HEAD_DIM, TILE)
+        x, real = _real_rows(x_head, index_head, first, start, length, stride_xs, dims, HEAD_DIM, INDEXED, TILE)
         if QUERIES:
             if POOL:
                 sums += tl.sum(x, 0)
@@ -118,8 +138,8 @@ def _quantize_blocks_kernel(
     step = tl.where(top == 0, 1.0, top / _INT8_MAX)
     inverse = _INT8_MAX / tl.where(top == 0, 1.0, top)
     for start in tl.range(0, BLOCK, TILE):
-        x, real = _real_rows(first, start, length, stride_xs, dims, HEAD_DIM, TILE)
-        rows = start_x + start + tl.arange(0, TILE)
+        x, real = _real_rows(x_head, index_head, first, start, length, stride_xs, dims, HEAD_DIM, INDEXED, TILE)
+        rows = first + start + tl.arange(0, TILE)
         if QUERIES:
             lost = tl.sum(x * mean[None, :], 1) * scale
             tl.store(lost_ptr + one * tokens + rows, lost, mask=rows < tokens)
@@ -141,13 +161,16 @@ def _largest_values_kernel(
     x_ptr,
     largest_ptr,
     lengths_ptr,
+    index_ptr,
     stride_xb,
     stride_xh,
     stride_xs,
     stride_lb,
     stride_lh,
+    stride_ih,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -157,10 +180,12 @@ def _largest_values_kernel(
     row = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + block
     length = tl.load(lengths_ptr + batch * stride_lb + head * stride_lh + block)
     dims = tl.arange(0, PADDED_DIM)
-    first = x_ptr + batch * stride_xb + head * stride_xh + block.to(tl.int64) * BLOCK * stride_xs
+    first = block.to(tl.int64) * BLOCK
+    x_head = x_ptr + batch * stride_xb + head * stride_xh
+    index_head = index_ptr + head * stride_ih
     tops = tl.zeros([PADDED_DIM], tl.int32)
     for start in tl.range(0, BLOCK, TILE):
-        x, _ = _real_rows(first, start, length, stride_xs, dims, HEAD_DIM, TILE)
+        x, _ = _real_rows(x_head, index_head, first, start, length, stride_xs, dims, HEAD_DIM, INDEXED, TILE)
         tops = tl.maximum(tops, _magnitudes(x))
     tl.store(largest_ptr + row * HEAD_DIM + dims, tops.to(tl.float32, bitcast=True), mask=dims < HEAD_DIM)
 
@@ -171,13 +196,16 @@ def _quantize_values_kernel(
     largest_ptr,
     rounded_ptr,
     lengths_ptr,
+    index_ptr,
     stride_xb,
     stride_xh,
     stride_xs,
     stride_lb,
     stride_lh,
+    stride_ih,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
@@ -190,15 +218,19 @@ def _quantize_values_kernel(
     dims = tl.arange(0, PADDED_DIM)
     largest = tl.load(largest_ptr + one * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
     inverse = _E4M3_MAX / tl.where(largest == 0, 1.0, largest)
-    first = x_ptr + batch * stride_xb + head * stride_xh + block.to(tl.int64) * BLOCK * stride_xs
+    first = block.to(tl.int64) * BLOCK
+    x_head = x_ptr + batch * stride_xb + head * stride_xh
+    index_head = index_ptr + head * stride_ih
     out = rounded_ptr + (one * tl.num_programs(0) + block) * PADDED_DIM * BLOCK
     for start in tl.range(0, BLOCK, TILE):
-        x, _ = _real_rows(first, start, length, stride_xs, dims, HEAD_DIM, TILE)
+        x, _ = _real_rows(x_head, index_head, first, start, length, stride_xs, dims, HEAD_DIM, INDEXED, TILE)
         rows = start + tl.arange(0, TILE)
         tl.store(out + rows[:, None] + dims[None, :] * BLOCK, to_e4m3(x * inverse[None, :], ROUND))
 
 
-def quantize_queries_keys(q: Tensor, k: Tensor, mask: BlockMask, scale: float, *, pool: bool = False) -> Quantized:
+def quantize_queries_keys(
+    q: Tensor, k: Tensor, mask: BlockMask, scale: float, *, pool: bool = False, index: Tensor | None = None
+) -> Quantized:
     """Quantise queries and keys: queries are read once, keys once for their mean and once to be rounded.
 
     Args:
@@ -207,17 +239,21 @@ def quantize_queries_keys(q: Tensor, k: Tensor, mask: BlockMask, scale: float, *
         mask: The blocks.
         scale: Softmax scale, at least 0.
         pool: Whether to return means of query blocks too, so that nothing else needs to read the queries for them.
+        index: ``(1 or H, n)`` int64, the token at each position of the mask's sequence; then both have as many tokens,
+            and S is n in what is returned. Default: the positions.
     """
     batch, heads, tokens, dim = q.shape
+    tokens = tokens if index is None else index.shape[1]
     lengths_q, lengths_k = mask.lengths_q.contiguous(), mask.lengths_k.contiguous()
-    k_means = triton_block_means(k, mask)
+    k_means = triton_block_means(k, mask, index)
     shares = lengths_k / lengths_k.sum(-1, keepdim=True).clamp(min=1)
     k_mean = (k_means[:, :, : mask.num_k] * shares[..., None]).sum(2)
     lost = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     q_means = torch.empty(batch, heads, mask.num_q, dim, dtype=torch.float32, device=q.device) if pool else None
 
     def rounded(x: Tensor, block: int, lengths: Tensor, queries: bool) -> tuple[Tensor, Tensor]:
-        num, constants = lengths.shape[-1], quantize_constants(dim, block)
+        num, constants = lengths.shape[-1], quantize_constants(dim, block, indexed=index is not None)
+        order = _order(index, lengths)
         out = torch.empty(batch, heads, num * block, constants["PADDED_DIM"], dtype=torch.int8, device=q.device)
         scales = torch.empty(batch, heads, num, dtype=torch.float32, device=q.device)
         _quantize_blocks_kernel[(num, heads, batch)](
@@ -228,8 +264,10 @@ def quantize_queries_keys(q: Tensor, k: Tensor, mask: BlockMask, scale: float, *
             lost,
             k_mean if q_means is None else q_means,  # not written
             lengths,
+            order,
             *x.stride()[:3],
             *broadcast_strides(lengths),
+            broadcast_strides(order)[1],
             tokens,
             scale,
             QUERIES=queries,
@@ -243,43 +281,51 @@ def quantize_queries_keys(q: Tensor, k: Tensor, mask: BlockMask, scale: float, *
     return Quantized(*q8, *k8, lost, k_mean, q_means, k_means)
 
 
-def quantize_values(v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
+def quantize_values(v: Tensor, mask: BlockMask, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantise values, in two passes: one for the largest magnitudes, one to round.
 
     Args:
         v: ``(B, H, Sk, D)`` values, fp16 or bf16, last axis contiguous; padding may hold anything.
         mask: The blocks.
+        index: ``(1 or H, n)`` int64, the token at each position of the mask's sequence; default: the positions.
 
     Returns:
         ``(B, H, Nk, Dp, block_k)`` float8_e4m3fn, 0 for padding; and the scales, ``(B, H, D)`` fp32. Tokens come last,
         because tensor cores read 8-bit numbers along the axis that they sum over.
     """
     batch, heads, _, dim = v.shape
-    lengths, constants = mask.lengths_k.contiguous(), quantize_constants(dim, mask.block_k)
+    lengths = mask.lengths_k.contiguous()
+    order, constants = _order(index, lengths), quantize_constants(dim, mask.block_k, indexed=index is not None)
     largest = torch.empty(batch, heads, mask.num_k, dim, dtype=torch.float32, device=v.device)
     shape = (batch, heads, mask.num_k, constants["PADDED_DIM"], mask.block_k)
     rounded = torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
-    grid, strides = (mask.num_k, heads, batch), (*v.stride()[:3], *broadcast_strides(lengths))
-    _largest_values_kernel[grid](v, largest, lengths, *strides, **constants, **quantize_options())
+    strides = (*v.stride()[:3], *broadcast_strides(lengths), broadcast_strides(order)[1])
+    grid, places = (mask.num_k, heads, batch), (lengths, order, *strides)
+    _largest_values_kernel[grid](v, largest, *places, **constants, **quantize_options())
     top = largest.amax(2)
     emulate = {"ROUND": triton.knobs.runtime.interpret}
-    _quantize_values_kernel[grid](v, top, rounded, lengths, *strides, **constants, **emulate, **quantize_options())
+    _quantize_values_kernel[grid](v, top, rounded, *places, **constants, **emulate, **quantize_options())
     return rounded, torch.where(top == 0, 1, top / E4M3_MAX)
 
 
-def quantize_constants(head_dim: int, block: int) -> dict[str, int]:
+def quantize_constants(head_dim: int, block: int, *, indexed: bool = False) -> dict[str, int | bool]:
     """Return the compile-time arguments that the kernels share.
 
     Args:
         head_dim: In [16, 128].
         block: Tokens in a block of the mask, a multiple of 16.
+        indexed: Whether tokens are read in an order of their own.
     """
     padded = max(_MIN_DIM, triton.next_power_of_2(head_dim))
     # Powers of two that divide the block. One that is no tile as a whole is read twice, and tiles of 128 would spill.
     tile = block if block in (16, 32, 64, 128) else min(block & -block, 64)
-    return {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK": block, "TILE": tile}
+    return {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "INDEXED": indexed, "BLOCK": block, "TILE": tile}
 
 
 def quantize_options() -> dict[str, int | bool]:
     """Return how the kernels are compiled."""
     return {"num_warps": 8, "enable_fp_fusion": True}
+
+
+def _order(index: Tensor | None, unused: Tensor) -> Tensor:
+    return unused if index is None else index.contiguous()[None]
