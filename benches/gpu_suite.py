@@ -23,16 +23,16 @@ from fastdit.attention import MethodState, get_method
 from fastdit.attention.kernels import block_sparse_attention, fa4, list_precisions, triton_attention
 from fastdit.attention.kernels.options import VARIANTS, Options
 from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, Config, table_arch
-from fastdit.attention.linear import linear_attention
 from fastdit.bench.contenders import Contender, Run, Unavailable, contenders, failure, prepare
 from fastdit.bench.jobs import Job, Outcome, run_job
 from fastdit.bench.kernels import kernel_jobs, random_blocks, random_tensors
-from fastdit.bench.measure import extra_memory, interleaved
 from fastdit.bench.rows import Store, environment
 from fastdit.bench.verify import fault, poisoned_empty
 from fastdit.mask import BlockMask
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
+from .gpu_sla import sla_check_job, sla_job
+from .gpu_times import times_of
 from .problems import Problem, problem_of
 
 BLOCKS = (128, 128)
@@ -205,7 +205,7 @@ def method_job(problem: Problem, device: str, repeats: int) -> Job:
             method = get_method(name, density=0.1)
             runs[f"{name} choice"] = partial(lambda m: m.pattern(q, k, call, MethodState()), method)
             runs[f"{name} whole"] = partial(lambda m: m.forward(q, k, v, call, MethodState()), method)
-        return _times({part: runs[part] for part in todo}, device, repeats, advance)
+        return times_of({part: runs[part] for part in todo}, device, repeats, advance)
 
     parts = ("dense", *(f"{name} {what}" for name in METHODS for what in ("choice", "whole")))
     return Job("methods", problem.name, parts, run, about={"problem": problem.describe()})
@@ -238,114 +238,15 @@ def backward_job(problem: Problem, density: float, device: str, repeats: int) ->
                 (outcome.faults if known[part].ours else outcome.absent)[part] = failure(error)
                 continue
             runs[part] = partial(lambda f, g: torch.autograd.grad(f(), tensors, g), forward, grad)
-        timed = _times(runs, device, repeats, advance)
+        timed = times_of(runs, device, repeats, advance)
         return Outcome(timed.rows, outcome.absent, outcome.faults | timed.faults)
 
     parts = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4", "flex", "fastdit-fa4", "fastdit-triton")
     return Job("backward", f"{problem.name} @{density:g}", parts, run, about={"problem": problem.describe()})
 
 
-def sla_check_job(head_dim: int, dtype: torch.dtype, device: str) -> Job:
-    """Compare linear attention in Triton, gradients too, with eager code in fp64, in poisoned memory.
-
-    Args:
-        head_dim: Channels of a head.
-        dtype: Of queries, keys and values.
-        device: Where it runs.
-    """
-    parts = {**dict.fromkeys(("softmax", "elu", "relu", "given"), True), "softmax over all": False}
-
-    def run(todo: Collection[str], advance: Callable[[], None]) -> Outcome:
-        outcome = Outcome()
-        problem = problem_of(256, head_dim, 2)
-        tensors = [x[:, :, :231].abs().softmax(-1) + x[:, :, :231] for x in random_tensors(problem, dtype, device)]
-        blocks = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
-        lengths = torch.tensor([32] * 6 + [0, 7], dtype=torch.int32, device=device).view(1, 1, -1)
-
-        def results(features: str, covered: Tensor | None, kernel: str, tensors: list[Tensor]) -> list[Tensor]:
-            inputs = [x.abs() if features == "given" and i < 2 else x for i, x in enumerate(tensors)]
-            inputs = [x.detach().requires_grad_() for x in inputs]
-            out = linear_attention(*inputs, covered, lengths, 32, features, kernel)
-            return [out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, out.numel()).to(out).view_as(out))]
-
-        for part in todo:
-            case = part.split()[0], blocks.to(device) if parts[part] else None
-            try:
-                with poisoned_empty():
-                    found = results(*case, "triton", tensors)
-            except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the next part is tried
-                outcome.faults[part] = failure(error)
-                continue
-            exact, eager = (results(*case, "eager", [x.to(t) for x in tensors]) for t in (torch.float64, dtype))
-            for name, x, y, z in zip(("out", "dq", "dk", "dv"), found, exact, eager, strict=True):
-                error, budget = (
-                    (x - y).abs().max(),
-                    2 * (z - y).abs().max() + 8 * torch.finfo(dtype).eps * y.abs().max(),
-                )
-                if not error <= budget:
-                    outcome.faults[part] = f"{name}: error {error:.3g}, budget {budget:.3g}"
-            if part not in outcome.faults:
-                outcome.rows[part] = {"right": True}
-            advance()
-        return outcome
-
-    return Job("sla check", f"{str(dtype).removeprefix('torch.')} {head_dim}", tuple(parts), run)
-
-
-def sla_job(problem: Problem, density: float, device: str, repeats: int) -> Job:
-    """Time SLA's exact part, both parts, and both with their backward, beside dense attention; without the choice.
-
-    Args:
-        problem: The problem.
-        density: Fraction of the blocks that is critical, in (0, 1].
-        device: Where it runs.
-        repeats: Rounds at least.
-    """
-    variants = ("full", "paper")
-
-    def run(todo: Collection[str], advance: Callable[[], None]) -> Outcome:
-        q, k, v = tensors = [x.requires_grad_() for x in random_tensors(problem, torch.bfloat16, device)]
-        call, grad = AttentionCall(problem.tokens), torch.randn_like(q)
-        runs: dict[str, Callable[[], Any]] = {"dense": torch.no_grad()(lambda: F.scaled_dot_product_attention(q, k, v))}
-        runs["dense training"] = lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), tensors, grad)
-        for variant in variants:
-            method = get_method("sla", variant=variant, density=density)
-            weights = method.make_weights(problem.heads, problem.head_dim).to(device)
-            for name, state in (("exact", MethodState()), ("whole", MethodState(weights=weights))):
-                state.resolve(method, q, k, call)
-                state.refresh = False
-                forward = partial(method.forward, q, k, v, call, state)
-                runs[f"{variant} {name}"] = torch.no_grad()(forward)
-                runs[f"{variant} {name} training"] = partial(lambda f: torch.autograd.grad(f(), tensors, grad), forward)
-        return _times({part: runs[part] for part in todo}, device, repeats, advance)
-
-    parts = [
-        f"{of}{end}"
-        for of in ("dense", *(f"{v} {n}" for v in variants for n in ("exact", "whole")))
-        for end in ("", " training")
-    ]
-    return Job("sla", f"{problem.name} @{density:g}", tuple(parts), run, about={"problem": problem.describe()})
-
-
 def _titled(benchmark: str, jobs: list[Job]) -> list[Job]:
     return [replace(job, benchmark=benchmark) for job in jobs]
-
-
-def _times(runs: dict[str, Callable[[], Any]], device: str, repeats: int, advance: Callable[[], None]) -> Outcome:
-    memory, faults = {}, {}
-    for part, run in runs.items():
-        try:
-            run()
-            memory[part] = extra_memory(run, device)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises, the others are timed
-            faults[part] = failure(error)
-    sound = {part: run for part, run in runs.items() if part in memory}
-    times = interleaved(sound, device, repeats=repeats, advance=advance)
-    rows = {
-        part: {"seconds": t.seconds, "seconds_spread": t.spread, "repeats": len(t.samples), "extra_bytes": memory[part]}
-        for part, t in times.items()
-    }
-    return Outcome(rows, faults=faults)
 
 
 def main(

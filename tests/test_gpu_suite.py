@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 
-from benches import gpu_suite
+from benches import gpu_sla, gpu_suite, gpu_times
 from fastdit.bench.contenders import Contender
 from fastdit.bench.jobs import Job, Outcome
 
@@ -77,11 +77,12 @@ def test_only_what_a_kernel_refuses_is_absent(monkeypatch):
 
 
 def test_a_crash_is_a_fault_and_the_rest_is_timed(monkeypatch):
-    timed = gpu_suite._times({"broken": fail, "sound": lambda: None}, "cpu", 1, lambda: None)
+    timed = gpu_times.times_of({"broken": fail, "sound": lambda: None}, "cpu", 1, lambda: None)
     assert timed.faults == {"broken": "CompilationError: at 3:4"} and set(timed.rows) == {"sound"}
     problem = gpu_suite.problem_of(256, 16, 1)
-    monkeypatch.setattr(gpu_suite, "linear_attention", fail)
-    checks = gpu_suite.sla_check_job(16, torch.float32, "cpu")
+    for name in ("linear_attention", "join_linear_attention"):
+        monkeypatch.setattr(gpu_sla, name, fail)
+    checks = gpu_sla.sla_check_job(16, torch.float32, "cpu")
     assert set(checks.run(checks.parts, lambda: None).faults) == set(checks.parts)
     known = [Contender("fastdit-triton", True, fail, ours=True), Contender("sdpa-flash", False, fail)]
     monkeypatch.setattr(gpu_suite, "contenders", lambda: known)
