@@ -106,13 +106,11 @@ class BlockMask:
         max_count: int | None,
     ) -> BlockMask:
         num_k = blocks.shape[-1]
-        ragged = (lengths_k < block_k).flatten(0, 1).any(0)
+        ragged, rank, every = listing_order(lengths_k, block_k)
         counts = blocks.sum(-1, dtype=torch.int32)
         full_counts = (blocks & ~ragged).sum(-1, dtype=torch.int32)
         longest = int(torch.where(counts < num_k, counts, 0).max()) if max_count is None else min(max_count, num_k)
-        rank = torch.arange(num_k, device=blocks.device, dtype=torch.int32) + ragged.int() * num_k
         order = torch.where(blocks, rank, 2 * num_k).sort(-1).values[..., : max(1, longest)]
-        every = rank.sort().values % num_k
         return cls((order % num_k).contiguous(), counts, full_counts, every, lengths_q, lengths_k, block_q, block_k)
 
     @property
@@ -133,7 +131,7 @@ class BlockMask:
     @property
     def ragged_blocks(self) -> Tensor:
         """Return ``(Nk,)`` bool, True for key blocks that hold padding in any sample or head."""
-        return (self.lengths_k < self.block_k).flatten(0, 1).any(0)
+        return listing_order(self.lengths_k, self.block_k)[0]
 
     @cached_property
     def kept(self) -> Tensor:
@@ -143,17 +141,14 @@ class BlockMask:
     @cached_property
     def kept_by_head(self) -> Tensor:
         """Return the fraction of real (query, key) pairs each head computes: ``(B or 1, H or 1)`` fp64 in [0, 1]."""
-        lengths_k = self.lengths_k.double()
-        weights = lengths_k[:, :, None].expand(-1, -1, self.num_q, -1)
-        shape = torch.broadcast_shapes(weights.shape[:2], self.indices.shape[:2])
-        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
-        index = self.indices.long().expand(*shape, -1, -1)
-        keys = (weights.expand(*shape, -1, -1).gather(-1, index) * listed).sum(-1)
-        keys = torch.where(self.counts == self.num_k, lengths_k.sum(-1, keepdim=True), keys)
-        lengths_q = self.lengths_q.double()
-        pairs = (keys * lengths_q).sum(-1)
-        total = lengths_q.sum(-1) * lengths_k.sum(-1)
-        return pairs / total.clamp(min=1)
+        first = torch.arange(self.lengths_k[..., 0].numel(), dtype=torch.int32, device=self.device) * self.num_k
+        index = self.indices + first.view(*self.lengths_k.shape[:2], 1, 1)
+        # The lists of a large model take gigabytes in eight bytes an entry, which gather would need.
+        keys = self.lengths_k.flatten().index_select(0, index.flatten()).view(index.shape)
+        keys = keys.masked_fill_(~listed_entries(self.counts, index.shape[-1]), 0).sum(-1)
+        keys = torch.where(self.counts == self.num_k, self.lengths_k.sum(-1, keepdim=True), keys)
+        total = self.lengths_q.sum(-1) * self.lengths_k.sum(-1)
+        return (keys * self.lengths_q).sum(-1).double() / total.clamp(min=1)
 
     @property
     def density(self) -> float:
@@ -162,7 +157,7 @@ class BlockMask:
 
     def to_dense(self) -> Tensor:
         """Return the block map, ``(B or 1, H or 1, Nq, Nk)`` bool."""
-        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        listed = listed_entries(self.counts, self.indices.shape[-1])
         blocks = torch.zeros(*self.indices.shape[:3], self.num_k + 1, dtype=torch.bool, device=self.device)
         index = torch.where(listed, self.indices.long(), self.num_k)
         blocks.scatter_(3, index, True)
@@ -178,7 +173,7 @@ class BlockMask:
         if int(self.counts.max()) > indices.shape[-1]:
             stored = torch.nn.functional.pad(indices, (0, self.num_k - indices.shape[-1]))
             indices = torch.where((self.counts == self.num_k)[..., None], self.every, stored)
-        listed = torch.arange(indices.shape[-1], device=self.device) < self.counts[..., None]
+        listed = listed_entries(self.counts, indices.shape[-1])
         return torch.where(listed, indices, 0).long(), listed
 
     def to_tokens(self, tokens_q: int, tokens_k: int) -> Tensor:
@@ -203,15 +198,13 @@ class BlockMask:
             lengths_k: ``(B or 1, H or 1, Nk)`` real keys in each block.
         """
         lengths_k = lengths_k.to(device=self.device, dtype=torch.int32)
-        ragged = (lengths_k < self.block_k).flatten(0, 1).any(0)
-        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        ragged, rank, every = listing_order(lengths_k, self.block_k)
+        listed = listed_entries(self.counts, self.indices.shape[-1])
         # Sorted as they are listed, so that no map of all pairs is made.
-        last = ragged.int() * self.num_k
-        rank = torch.where(listed, self.indices + last[self.indices], 2 * self.num_k).sort(-1).values
-        every = (torch.arange(self.num_k, device=self.device, dtype=torch.int32) + last).sort().values % self.num_k
-        full_counts = (rank < self.num_k).sum(-1, dtype=torch.int32)
+        order = torch.where(listed, rank[self.indices], 2 * self.num_k).sort(-1).values
+        full_counts = (order < self.num_k).sum(-1, dtype=torch.int32)
         full_counts = torch.where(self.counts == self.num_k, (~ragged).sum(dtype=torch.int32), full_counts)
-        return replace(self, indices=rank % self.num_k, full_counts=full_counts, every=every, lengths_k=lengths_k)
+        return replace(self, indices=order % self.num_k, full_counts=full_counts, every=every, lengths_k=lengths_k)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """Return the mask on another device.
@@ -227,6 +220,33 @@ class BlockMask:
             f"BlockMask({self.num_q}x{self.num_k} blocks of {self.block_q}x{self.block_k}, "
             f"batch {self.indices.shape[0]}, heads {self.indices.shape[1]}, density {self.density:.3f})"
         )
+
+
+def listing_order(lengths_k: Tensor, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Say in which order key blocks are listed: full ones first, each part ascending.
+
+    Args:
+        lengths_k: ``(B or 1, H or 1, Nk)`` int32 real keys in each key block.
+        block_k: Keys in a block, at least 1.
+
+    Returns:
+        Which blocks are ragged in any sample or head, ``(Nk,)`` bool; numbers that sort them as they are listed and
+        are their own modulo Nk, ``(Nk,)`` int32; and all of them as they are listed, ``(Nk,)`` int32.
+    """
+    num_k = lengths_k.shape[-1]
+    ragged = (lengths_k < block_k).flatten(0, 1).any(0)
+    rank = torch.arange(num_k, device=lengths_k.device, dtype=torch.int32) + ragged.int() * num_k
+    return ragged, rank, rank.sort().values % num_k
+
+
+def listed_entries(counts: Tensor, width: int) -> Tensor:
+    """Mark the entries of lists that mean a block: ``(B or 1, H or 1, Nq, width)`` bool.
+
+    Args:
+        counts: ``(B or 1, H or 1, Nq)`` int32, blocks listed in each row.
+        width: Entries of a list, at least 1.
+    """
+    return torch.arange(width, device=counts.device) < counts[..., None]
 
 
 def _lengths(

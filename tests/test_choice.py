@@ -102,7 +102,7 @@ KERNELS = ("triton_mass._block_mass", "triton_means._block_means", "triton_lists
 METHODS = {
     "adaspa": {"_block_mass", "_lists", "_lay_out"},
     "sla": {"_block_means", "_lists"},
-    "draft": {"_lists"},
+    "draft": {"_block_means", "_lists"},
 }
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.mask import BlockMask
 
@@ -49,6 +50,29 @@ def test_density_counts_real_pairs(shape):
     pairs = lengths_q[..., :, None] * lengths_k[..., None, :]
     expected = ((pairs * blocks).sum((-1, -2)) / pairs.sum((-1, -2))).mean()
     assert mask.density == pytest.approx(float(expected), rel=1e-6)
+
+
+class FewBytes(TorchDispatchMode):
+    """Refuse results of eight bytes an entry that have as many entries as the lists."""
+
+    def __init__(self, entries):
+        super().__init__()
+        self.entries = entries
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not isinstance(out, torch.Tensor) or out.numel() < self.entries or out.element_size() < 8, func
+        return out
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (2, 1), (2, 3)], ids=str)
+def test_density_is_counted_without_wide_copies_of_the_lists(lengths):
+    blocks = torch.rand(2, 3, 9, 40) < 0.5
+    sizes = torch.randint(1, 5, (*lengths, 40))
+    mask = BlockMask.from_dense(blocks, block_q=4, block_k=4, lengths_k=sizes)
+    with FewBytes(mask.indices.numel()):
+        kept = mask.kept_by_head
+    torch.testing.assert_close(kept, ((blocks * sizes[:, :, None]).sum((-1, -2)) / 9 / sizes.sum(-1)).double())
 
 
 def test_density_of_everything_is_one_whatever_the_padding():

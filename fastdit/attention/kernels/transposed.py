@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...mask import BlockMask
+from ...mask import BlockMask, listed_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ def transposed_lists(mask: BlockMask) -> TransposedLists:
 def _transpose(mask: BlockMask) -> TransposedLists:
     width = mask.indices.shape[-1]
     every = mask.counts == mask.num_k
-    listed = (torch.arange(width, device=mask.device) < mask.counts[..., None]) & ~every[..., None]
+    listed = listed_entries(mask.counts, width) & ~every[..., None]
     # A stable sort by key block keeps the query blocks in order; entries of no list go last.
     keys, order = torch.where(listed, mask.indices, mask.num_k).flatten(2).sort(stable=True)
     wanted = torch.arange(mask.num_k + 1, dtype=keys.dtype, device=mask.device).expand(*keys.shape[:2], -1)

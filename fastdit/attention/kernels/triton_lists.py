@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...mask import BlockMask
+from ...mask import BlockMask, listing_order
 from .device import launching_on
 from .triton_means import broadcast_strides
 
@@ -138,9 +138,8 @@ def triton_mask(video_blocks: Tensor, block: int, lengths: Tensor, *, max_count:
     if video_blocks.ndim == 2:
         video_blocks = video_blocks[None, None]
     num = lengths.shape[-1]
-    ragged = (lengths < block).flatten(0, 1).any(0)
+    ragged, _, every = listing_order(lengths, block)
     lists = triton_lists(video_blocks, ragged, num_q=num, num_k=num, width=min(max_count, num))
-    every = (torch.arange(num, device=ragged.device, dtype=torch.int32) + ragged.int() * num).sort().values % num
     return BlockMask(*lists, every, lengths, lengths, block, block)
 
 
