@@ -18,7 +18,7 @@ from .options import Options
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_THREAD_BYTES = 2 << 20  # about what a core's L2 cache holds; larger chunks fall out of it
+_THREAD_BYTES = 2 << 20  # measured: smaller chunks cost calls, larger ones fall out of a core's caches
 _MAX_BYTES = 64 << 20
 _SLICE = 1 << 14  # index_select copies slices of 2**15 elements or more one by one, several times slower
 
