@@ -134,6 +134,17 @@ def test_gradients_are_those_of_the_model_as_it_is(method):
     assert frames[0] == frames[1]
 
 
+def test_a_frozen_model_trains_the_weights_of_the_method():
+    model = tiny.transformer("wan", layers=2)
+    model.requires_grad_(False)
+    handle = fastdit.enable_sparse_attention(model, "sla", density=0.5)
+    expected = gradients(model, 0)
+    assert expected and all("sparse_attention_weights" in name for name in expected)
+    model.compile(backend="eager")
+    torch.testing.assert_close(gradients(model, 0), expected, rtol=1e-4, atol=1e-6)
+    assert handle.report()["totals"]["sparse_calls"] == 4
+
+
 def test_gradients_in_one_graph_are_refused_clearly():
     model = tiny.transformer("wan", layers=1)
     fastdit.enable_sparse_attention(model, **tiny.DRAFT)

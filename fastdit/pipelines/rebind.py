@@ -120,10 +120,10 @@ def _(
     return torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
 
 
-def _compiled(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+def _compiled(learns: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     from .hooks import attend_between_graphs
 
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    trains = torch.is_grad_enabled() and (learns or q.requires_grad or k.requires_grad or v.requires_grad)
     return attend_between_graphs(q, k, v, *rest) if trains else _attention(q, k, v, *rest)
 
 
@@ -163,7 +163,8 @@ def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
         if layer is not None and obstacle is None and torch.compiler.is_compiling():
             backend = options.get("backend")
             backend = backend if backend is None or type(backend) is str else backend.value
-            return _compiled(query, key, value, attn_mask, processor.fastdit_number, scale, backend, False)
+            number, learns = processor.fastdit_number, processor.fastdit_learns
+            return _compiled(learns, query, key, value, attn_mask, number, scale, backend, False)
 
         def stock():
             return source.dispatch_attention_fn(
@@ -191,7 +192,8 @@ def _sdpa_shim(
     processor = _CURRENT.processor
     layer = None if processor is None else processor.fastdit_layer
     if layer is not None and obstacle is None and torch.compiler.is_compiling():
-        return _compiled(query, key, value, attn_mask, processor.fastdit_number, scale, None, True)
+        number, learns = processor.fastdit_number, processor.fastdit_learns
+        return _compiled(learns, query, key, value, attn_mask, number, scale, None, True)
 
     def stock():
         return F.scaled_dot_product_attention(
@@ -271,6 +273,7 @@ class Rebound:
 
     fastdit_layer: Layer | None = None
     fastdit_number: Tensor | None = None
+    fastdit_learns: bool = False  # whether the method has weights of its own, which a frozen model may train
 
 
 def rebind(processor: Any, layer: Layer) -> Any:
@@ -287,6 +290,7 @@ def rebind(processor: Any, layer: Layer) -> Any:
     rebound.__dict__.update(processor.__dict__)
     rebound.fastdit_layer = layer
     rebound.fastdit_number = layer.number
+    rebound.fastdit_learns = layer.runtime.weights is not None
     return rebound
 
 
@@ -304,6 +308,7 @@ def _copy_processor(self: Any, memo: dict[int, Any]) -> Any:
     copied.__dict__.update(copy.deepcopy(stock_attributes(self), memo))
     copied.fastdit_layer = copy.deepcopy(self.fastdit_layer, memo)
     copied.fastdit_number = None if copied.fastdit_layer is None else copied.fastdit_layer.number
+    copied.fastdit_learns = self.fastdit_learns
     return copied
 
 
