@@ -95,7 +95,8 @@ def margins_table(name: str) -> str:
     rows = settings(read(name))
     lines = ["| density | plan | best single setting | plan nearer by | on each clip |", "|" + "---|" * 5]
     for plan in sorted((row for row in rows if row["method"] == "plan"), key=lambda row: row["asked"]):
-        others = [row for row in rows if row["method"] != "plan" and row["density"] <= plan["density"] + SAME]
+        no_more = [row for row in rows if row["method"] != "plan" and row["density"] <= plan["density"] + SAME]
+        others = [row for row in no_more if row["each"].keys() == plan["each"].keys()]
         best = max(others, key=lambda row: row["psnr"])
         each = ", ".join(f"{value - best['each'][prompt]:+.1f}" for prompt, value in plan["each"].items())
         how = f"{best['psnr']:.1f} dB, `{best['method']}`, {best['order']} (density {best['density']:.3f})"

@@ -205,3 +205,5 @@ def test_a_validation_in_inference_mode_comes_before_training(name):
     with torch.inference_mode():
         pipe.transformer(**sample)
     pipe.transformer(**{**sample, "timestep": sample["timestep"] * 0.5})[0].square().mean().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in pipe.transformer.parameters())
+    assert pipe.transformer.patch_embedding.weight.grad.abs().sum() > 0
