@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn import Module
 
 from .attention import AttentionMethod, get_method
-from .attention.kernels import list_kernels, list_precisions
+from .attention.kernels import explain_kernels, list_precisions
 from .pipelines.base import ModelFamily, find_family
 from .pipelines.context import RunTracker
 from .pipelines.intercept import install, installed, uninstall
@@ -41,7 +41,7 @@ class SparseAttention:
 
     @property
     def method(self) -> AttentionMethod:
-        """Return the method."""
+        """Return the method, that of the first transformer where a plan has one for each; ``report()`` has them all."""
         return self._runtimes[0].settings.method
 
     @property
@@ -76,7 +76,8 @@ class SparseAttention:
             for layer in runtime.layers
         ]
         return {
-            "method": {"name": self.method.name, **self.method.describe()},
+            "method": _method_report(self._runtimes[0]),
+            "methods": {runtime.title: _method_report(runtime) for runtime in self._runtimes},
             "schedule": asdict(self.schedule),
             "kernel": self._runtimes[0].settings.kernel,
             "precision": self._runtimes[0].settings.precision,
@@ -163,15 +164,15 @@ def enable_sparse_attention(
             model; nothing has changed then.
         FileNotFoundError: A file that the method needs is not there; nothing has changed then.
         TypeError: The method has no such field, or a method object is given together with fields.
-        RuntimeError: The attention processors of the model cannot be intercepted; it runs stock then.
+        RuntimeError: The kernel asked for cannot run on this machine; nothing has changed then. Or the attention
+            processors of the model cannot be intercepted; it runs stock then.
     """
     transformers = require_transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
     bare = isinstance(target, Module)
     methods, default, low = _choose(method, fields, transformers, families, bare)
     precision = low if precision is None else precision
-    if kernel is not None and kernel not in list_kernels():
-        raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
+    _check_kernel(kernel, transformers.values())
     if precision is not None and precision not in list_precisions():
         raise ValueError(f"unknown precision {precision!r}; precisions are: {', '.join(list_precisions())}")
     schedule = default if schedule is None else schedule
@@ -319,6 +320,18 @@ def _config_hash(transformer: Module) -> str:
     return config_hash(config)
 
 
+def _check_kernel(kernel: str | None, transformers: Iterable[Module]) -> None:
+    if kernel is None:
+        return
+    reasons = explain_kernels()
+    if kernel not in reasons:
+        raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(reasons)}")
+    # a model without data may go to another machine before it runs
+    meant_for_here = any(x.device.type != "meta" for transformer in transformers for x in transformer.parameters())
+    if reasons[kernel] is not None and meant_for_here:
+        raise RuntimeError(f"kernel {kernel!r} cannot run: {reasons[kernel]}; leave kernel out")
+
+
 def _check_layers(schedule: Schedule, count: int) -> None:
     wrong = [index for index in schedule.dense_layers if not -count <= index < count]
     if wrong:
@@ -333,6 +346,11 @@ def _density(layers: Sequence[Layer], overall: bool = False) -> float | None:
     dense = sum(layer.stats.dense_calls for layer in layers) if overall else 0
     calls = sum(layer.stats.measured for layer in layers) + dense
     return (sum(layer.stats.kept for layer in layers) + dense) / calls if calls else None
+
+
+def _method_report(runtime: Runtime) -> dict[str, Any]:
+    method = runtime.settings.method
+    return {"name": method.name, **method.describe()}
 
 
 def _layer_report(layer: Layer) -> dict[str, Any]:

@@ -50,9 +50,16 @@ def summary(report: Mapping[str, Any], width: int = 120) -> str:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    set_fields = {name: value for name, value in report["method"].items() if name != "name" and value is not None}
+    methods = {title: _method(method) for title, method in report["methods"].items()}
+    if len(set(methods.values())) == 1:
+        return f"Sparse attention: {_method(report['method'])}"
+    return "Sparse attention: " + "; ".join(f"{title}: {method}" for title, method in methods.items())
+
+
+def _method(method: Mapping[str, Any]) -> str:
+    set_fields = {name: value for name, value in method.items() if name != "name" and value is not None}
     fields = ", ".join(f"{name}={value}" for name, value in set_fields.items())
-    return f"Sparse attention: {report['method']['name']}" + (f" ({fields})" if fields else "")
+    return method["name"] + (f" ({fields})" if fields else "")
 
 
 def _verdict(report: Mapping[str, Any]) -> str:

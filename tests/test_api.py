@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
+from fastdit.attention.kernels import fa4, triton_attention
 from fastdit.pipelines import find_family
 from fastdit.pipelines.presets import PRESETS, find_preset
+from fastdit.report import summary
 
 
 @pytest.fixture
@@ -237,11 +239,31 @@ def test_published_fields_are_taken_unless_others_are_given():
     assert handle.schedule == fastdit.Schedule(warmup_steps=0.24)
 
 
-def test_unknown_kernel_failure_reaches_the_user(model):
+def test_a_kernel_that_this_machine_cannot_run_is_refused_at_once(model, monkeypatch):
+    monkeypatch.setattr(fa4, "available", lambda: "it is not there")
+    with pytest.raises(RuntimeError, match="kernel 'fa4' cannot run: it is not there"):
+        fastdit.enable_sparse_attention(model, **tiny.DRAFT, kernel="fa4")
+    assert is_stock(model)
+    elsewhere = tiny.transformer("wan").to("meta")
+    assert fastdit.enable_sparse_attention(elsewhere, **tiny.DRAFT, kernel="fa4").report()["kernel"] == "fa4"
+
+
+def test_unknown_kernel_failure_reaches_the_user(model, monkeypatch):
+    monkeypatch.setattr(triton_attention, "available", lambda: None)
     fastdit.enable_sparse_attention(model, **tiny.DRAFT, kernel="triton")
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="triton"):
         warnings.simplefilter("error")
         forward(model)
+
+
+def test_methods_of_both_transformers_are_shown():
+    handle = tiny.pipeline("wan22").enable_sparse_attention(**tiny.DRAFT)
+    report = handle.report()
+    assert report["methods"] == dict.fromkeys(("transformer", "transformer_2"), report["method"])
+    assert handle.summary().startswith("Sparse attention: draft (")
+    report["methods"]["transformer_2"] = {"name": "radial", "decay": 0.5}
+    title = " ".join(summary(report, width=300).split())
+    assert "transformer: draft (" in title and "; transformer_2: radial (decay=0.5)" in title
 
 
 def test_deep_copied_pipeline():

@@ -184,9 +184,9 @@ HALF = {"dtype": torch.bfloat16, "device": "cuda"}
         (HALF | {"device": "cpu"}, {}, "needs CUDA tensors, got cpu"),
         (HALF | {"size": (1, 2, 256, 136)}, {}, "multiples of 8 up to 128, got 136"),
         (HALF, {"scale": -1.0}, "positive scales, got -1.0"),
-        (HALF, {"precision": "int8"}, "neither compensation nor low precision nor variants"),
-        (HALF, {"compensate": "mean"}, "neither compensation nor low precision nor variants"),
-        (HALF, {"variant": "tma"}, "neither compensation nor low precision nor variants"),
+        (HALF, {"precision": "int8"}, "precision='int8'; set precision=None"),
+        (HALF, {"compensate": "mean"}, "compensate='mean'; set compensate=None"),
+        (HALF, {"variant": "tma"}, "variant='tma'; set variant=None"),
     ],
 )
 def test_reasons_of_a_call(monkeypatch, make, options, reason):

@@ -245,6 +245,8 @@ def test_both_transformers_run_their_own():
     found = searched(pipe)
     assert set(found.transformers) == {"transformer", "transformer_2"}
     handle = pipe.enable_sparse_attention(found, schedule=tiny.EVERY_STEP)
+    methods = {title: {"name": "plan", **found.method(title).describe()} for title in found.transformers}
+    assert handle.report()["methods"] == methods
     tiny.run(pipe, steps=4)
     assert {layer["transformer"] for layer in handle.report()["layers"] if layer["sparse_calls"]} == set(
         found.transformers

@@ -45,8 +45,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return f"it takes bf16 and fp16, got {q.dtype}"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
-    if options.compensate is not None or options.precision is not None or options.variant is not None:
-        return "it knows neither compensation nor low precision nor variants"
+    for name in ("compensate", "precision", "variant"):
+        if getattr(options, name) is not None:
+            return f"it does not know {name}={getattr(options, name)!r}; set {name}=None"
     if options.index is not None:
         return "it takes tokens in the order of the mask and no index; put them in order"
     if options.scale <= 0:
