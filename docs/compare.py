@@ -93,14 +93,18 @@ def methods_table(name: str) -> str:
 def margins_table(name: str) -> str:
     """Return how much nearer to dense each plan is than the best setting for all heads that computes no more."""
     rows = settings(read(name))
-    lines = ["| density | plan | best single setting | plan nearer by | on each clip |", "|" + "---|" * 5]
+    lines = [
+        "| density | plan | best single setting | plan nearer by | clip by clip | mean of the clips |",
+        "|" + "---|" * 6,
+    ]
     for plan in sorted((row for row in rows if row["method"] == "plan"), key=lambda row: row["asked"]):
         no_more = [row for row in rows if row["method"] != "plan" and row["density"] <= plan["density"] + SAME]
         others = [row for row in no_more if row["each"].keys() == plan["each"].keys()]
         best = max(others, key=lambda row: row["psnr"])
-        each = ", ".join(f"{value - best['each'][prompt]:+.1f}" for prompt, value in plan["each"].items())
+        each = [value - best["each"][prompt] for prompt, value in plan["each"].items()]
         how = f"{best['psnr']:.1f} dB, `{best['method']}`, {best['order']} (density {best['density']:.3f})"
-        gain = f"{plan['psnr'] - best['psnr']:.1f} dB | {each} dB"
+        clips = ", ".join(f"{gain:+.1f}" for gain in each)
+        gain = f"{plan['psnr'] - best['psnr']:.1f} dB | {clips} dB | {mean(each):+.1f} dB"
         lines.append(f"| {plan['density']:.3f} | {plan['psnr']:.1f} dB | {how} | {gain} |")
     return "\n".join(lines)
 
