@@ -13,7 +13,9 @@ from fastdit.attention import get_method
 from fastdit.bench import clips
 from fastdit.bench.clips import compare_clips, flicker, lpips_distance, strip
 from fastdit.bench.e2e import amdahl
+from fastdit.bench.measure import peak_memory, reset_peak
 from fastdit.bench.methods import measure_call, method_jobs
+from fastdit.bench.pictures import time_pictures
 from fastdit.bench.rows import Store
 from fastdit.bench.settings import default_settings, demo_preset, find_settings
 from fastdit.bench.synthetic import KINDS, synthetic
@@ -182,3 +184,29 @@ def test_lpips_is_measured_or_says_why_not(monkeypatch):
 def test_amdahl():
     assert amdahl(0.5, 2.0) == pytest.approx(4 / 3)
     assert amdahl(0.0, 9.0) == 1 == amdahl(0.7, 1.0)
+
+
+def test_quality_over_time_is_of_what_was_timed_and_compared():
+    pytest.importorskip("matplotlib")
+    named = {"setting": {"name": "draft"}, "model": "demo"}
+    timed = [
+        {"part": "dense", "model": "demo", "speedup": 1.0},
+        {**named, "part": "draft@0.2", "speedup": 1.5},
+        {**named, "part": "draft@0.4", "speedup": 1.2},
+    ]
+    compared = [{**named, "part": "draft@0.2", "psnr": 24.0}, {**named, "part": "draft@0.6", "psnr": 30.0}]
+    ((title, picture),) = time_pictures(timed, compared)
+    assert title == "demo: quality over time" and picture.startswith("<svg")
+    assert time_pictures(timed, [{**named, "part": "draft@0.2", "psnr": "inf"}]) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody says what a process uses at most")
+def test_peak_memory_begins_anew():
+    size = 256 << 20
+    reset_peak("cpu")
+    before = peak_memory("cpu")
+    block = torch.ones(size, dtype=torch.uint8)
+    assert peak_memory("cpu") - before > size // 2
+    del block
+    reset_peak("cpu")
+    assert peak_memory("cpu") - before < size // 2

@@ -83,6 +83,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         DENSITY,
         Column("seconds", "s / video", "{:.1f}", -1, "seconds_spread"),
         Column("step_seconds", "s / step", "{:.3f}"),
+        Column("cold_seconds", "first, s", "{:.1f}"),
         Column("speedup", "x dense", "{:.2f}"),
         Column("attention_speedup", "attention x", "{:.2f}"),
         Column("attention_share", "share", "{:.0%}"),

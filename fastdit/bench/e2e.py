@@ -8,12 +8,10 @@ from functools import cache, partial
 from statistics import median
 from typing import Any
 
-import torch
-
 from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
 from ..schedule import Schedule
 from .jobs import Job, Outcome
-from .measure import Times
+from .measure import Times, peak_memory, reset_peak
 from .rows import Row
 from .settings import Setting, settings_by_part
 from .synthetic import Sample
@@ -121,14 +119,17 @@ def _measure(
                 ways[part] = partial(chosen[0].enable, method=method, density=chosen[1])
     if ways.keys().isdisjoint(todo):
         return outcome
+    cold: dict[str, float] = {}
     runs: dict[str, list[Timing]] = {part: [] for part in ways}
     peaks: dict[str, list[int]] = {part: [] for part in ways}
     handles: dict[str, SparseAttention] = {}
     for number in range(1 + repeats):  # in turn, so that what else the machine does falls on all alike
         for part, enable in ways.items():
             timing, peak, handles[part] = _run(subject, enable)
-            if number:  # the first round is a warm-up
+            if number:
                 runs[part].append(timing)
+            else:  # what is compiled or built once is in the first round
+                cold[part] = timing.seconds
             peaks[part] += [] if peak is None else [peak]
             advance()
     dense = _row(runs[DENSE])
@@ -137,6 +138,7 @@ def _measure(
         gain = dense["attention_seconds"] / row["attention_seconds"] if row["attention_seconds"] else None
         share = dense["attention_seconds"] / dense["seconds"]
         row |= {
+            "cold_seconds": cold[part],
             "peak_bytes": max(peaks[part], default=None),
             "dense_seconds": dense["seconds"],
             "speedup": dense["seconds"] / row["seconds"],
@@ -167,15 +169,13 @@ def _named(chosen: tuple[Setting, float | None] | None, handle: SparseAttention)
 
 
 def _run(subject: Subject, enable: Enable) -> tuple[Timing, int | None, SparseAttention]:
-    cuda = subject.device.startswith("cuda")
     handle = enable(subject.target)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(subject.device)
+    reset_peak(subject.device)
     try:
         timing = subject.run(handle)
     finally:
         disable_sparse_attention(subject.target)
-    return timing, torch.cuda.max_memory_allocated(subject.device) if cuda else None, handle
+    return timing, peak_memory(subject.device), handle
 
 
 def _row(made: Sequence[Timing]) -> Row:

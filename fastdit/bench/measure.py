@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,8 @@ FEWEST = 3
 
 MOST = 100
 """Repeats at most."""
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,33 @@ def interleaved(
             samples[name].append(_time(run, device, flush))
         advance()
     return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def reset_peak(device: torch.device | str) -> None:
+    """Let the peak of memory begin anew.
+
+    Args:
+        device: Where memory is used: a GPU, or else this process, as far as the system can do so.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak_memory(device: torch.device | str) -> int | None:
+    """Return the bytes that were used at most since ``reset_peak``.
+
+    Args:
+        device: Where: a GPU, of which tensors count, or else this process, all of it; ``None`` where the system does
+            not say.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not _CLEAR.exists():
+        return None
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def extra_memory(run: Callable[[], Any], device: torch.device | str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .columns import COLUMNS, TITLES, mean_rows
-from .pictures import kernel_pictures, method_pictures, quality_pictures
+from .pictures import kernel_pictures, method_pictures, quality_pictures, time_pictures
 from .rows import Row, absent, latest
 from .settings import DEFAULT
 from .winners import ranked, winners
@@ -34,8 +34,10 @@ NOTES = {
         "it is without a density; default@...: at that one."
     ),
     "e2e": (
-        "Dense and sparse in turn, medians. Amdahl says: what the share of attention and its own speed-up predict. "
-        "Of random weights one step of each kind is run, and the times of a video are added up; there is no quality."
+        "Dense and sparse in turn, medians. first: the first video of each, with what is built or compiled once; dense "
+        "comes first, and pays for what all need. peak: of tensors on a GPU, else of the whole process. Amdahl says: "
+        "what the share of attention and its own speed-up predict. Of random weights one step of each kind is run, and "
+        "the times of a video are added up; there is no quality."
     ),
 }
 
@@ -88,9 +90,12 @@ def html(rows: Sequence[Row], folder: Path | None = None) -> str:
     from jinja2 import Environment
 
     parts = tables(rows)
+    by_name = {part["benchmark"]: part["rows"] for part in parts}
     for part in parts:
         draw = PICTURES.get(part["benchmark"])
         part["pictures"] = [] if draw is None else draw(part["rows"])
+        if part["benchmark"] == "e2e":
+            part["pictures"] = time_pictures(part["rows"], by_name.get("quality", []))
     source = files("fastdit.bench").joinpath("page.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     return template.render(parts=parts, runs=runs(rows), clips=_clips(rows, folder), absent=absent(rows))

@@ -152,12 +152,32 @@ def quality_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model and isinstance(row["psnr"], float)]
         # schedules differ between methods, and so does what their first, dense calls count for
-        over_density = _group(mine, lambda row: row["setting"]["name"], "overall_density", "psnr")
+        over_density = _group(mine, _setting, "overall_density", "psnr")
         if over_density:
             found.append(
                 (f"{model}: quality over density", curves(over_density, x="density, all steps", y="PSNR to dense, dB"))
             )
     return found
+
+
+def time_pictures(rows: Sequence[Row], quality: Sequence[Row]) -> list[tuple[str, str]]:
+    """Draw PSNR over time, of settings whose videos were both timed and compared: titles and pictures.
+
+    Args:
+        rows: Rows of ``e2e``.
+        quality: Rows of ``quality``, averaged over clips.
+    """
+    psnr = {(row["model"], row["part"]): row["psnr"] for row in quality if isinstance(row["psnr"], float)}
+    both = [row | {"psnr": psnr[row["model"], row["part"]]} for row in rows if (row["model"], row["part"]) in psnr]
+    found = []
+    for model in dict.fromkeys(row["model"] for row in both):
+        series = _group([row for row in both if row["model"] == model], _setting, "speedup", "psnr")
+        found.append((f"{model}: quality over time", curves(series, x="times as fast as dense", y="PSNR to dense, dB")))
+    return found
+
+
+def _setting(row: Row) -> str:
+    return row["setting"]["name"]
 
 
 def _group(rows: Sequence[Row], name: Any, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
