@@ -86,7 +86,7 @@ def main(
     expected, measured = [], []
     _attention_seconds(pipe, "dense", plan.steps)
     for _ in track(range(rounds), "timing"):
-        expected.append(expected_speedup(plan, found, measure_cost(plan.candidates, shape, rounds=1)))
+        expected.append(expected_speedup(plan, found, measure_cost(plan.candidates, shape)))
         dense = _attention_seconds(pipe, "dense", plan.steps)
         measured.append(dense / _attention_seconds(pipe, plan, plan.steps))
     row = {
