@@ -204,6 +204,7 @@ def test_scores_are_those_of_the_candidate_by_itself():
     model.requires_grad_(False)
     with capturing(pipe, CANDIDATES, FIRST) as scores, torch.no_grad():
         pipe.scheduler.set_timesteps(2)
+        pipe._current_timestep = pipe.scheduler.timesteps[0]  # as if the pipeline called
         pipe.transformer(**tiny.arguments("wan"))
     q, k, v, call = kept[1]
     linear = model.blocks[1].attn1.to_out[0]
