@@ -162,6 +162,7 @@ class Team:
         return gather_object(results)
 
     def close(self) -> None:
-        """Leave the group of processes."""
+        """Leave the group of processes, all at once: one that leaves while another still talks to it may abort."""
         if self._state is not None:
+            self._state.wait_for_everyone()
             self._state.destroy_process_group()
