@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import CASES, Case, check_against_reference
 
-from fastdit.attention.kernels import block_sparse_attention, choose_kernel
+from fastdit.attention.kernels import block_sparse_attention, choose_kernel, triton_fwd
 from fastdit.attention.kernels.means import block_means
 from fastdit.attention.kernels.options import Options
 from fastdit.attention.kernels.triton_config import Config
@@ -37,6 +37,24 @@ def test_blocks_larger_than_tiles(tiles, compensate):
     expected, expected_lse = block_sparse_attention(q, k, v, mask, scale=0.1, kernel="reference", compensate=compensate)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+def test_tiles_without_keys_are_left_out(monkeypatch):
+    case = Case(heads=(1, 1), tokens=(64, 384), blocks=(64, 128), rows="all")
+    lengths = torch.tensor([24, 128, 97], dtype=torch.int32)
+    mask = case.mask().with_lengths_k(lengths.view(1, 1, -1))
+    seen = []
+    add = triton_fwd._add_some
+
+    def counted(scores, *rest):
+        seen.append(scores.shape)
+        return add(scores, *rest)
+
+    monkeypatch.setattr(triton_fwd, "_add_some", counted)
+    q, k, v = case.tensors(torch.float32)
+    out, _ = block_sparse_fwd(q, k, v, mask, Options(0.1), Config(64, 64, 4, 2))
+    assert len(seen) == 1 + 4, "tiles of 32 with a key in them"
+    torch.testing.assert_close(out, block_sparse_attention(q, k, v, mask, scale=0.1, kernel="reference")[0])
 
 
 @pytest.mark.parametrize(("scale", "compensate"), [(-0.2, None), (0.0, None), (1.5, None), (-0.2, "mean")])

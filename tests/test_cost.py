@@ -151,19 +151,22 @@ def test_measurements_say_what_each_candidate_does():
 
 
 def test_a_machine_that_slows_down_favours_nobody(monkeypatch):
-    speed = {"dense": 1.0, "draft": 0.25}
-    turns = []
+    stands_for_dense = object()
+    groups = []  # dense, then three calls of one candidate, and at another pace in every group
 
     def slower(run, device):
-        run()
-        name = "draft" if len(turns) % 4 else "dense"  # dense, then three calls of the one candidate
-        turns.append(name)
-        return speed[name] * (1, 1, 5, 30)[(len(turns) - 1) // 4]
+        about = run()
+        if about is stands_for_dense:
+            groups.append(0)
+        groups[-1] += 1
+        return (1.0 if about is stands_for_dense else 0.25) * 1.7 ** len(groups)
 
     monkeypatch.setattr(cost, "_time", slower)
-    known = measure_cost(CANDIDATES[:2], SHAPE, rounds=3)
-    assert len(turns) == 16
-    assert known.timings[1].reused / known.dense == pytest.approx(0.25)
+    monkeypatch.setattr(cost.Dense, "forward", lambda *arguments: stands_for_dense)
+    known = measure_cost(CANDIDATES[:3], SHAPE, rounds=3)
+    assert groups == 4 * [1, 4, 4]
+    for timed in known.timings[1:]:
+        assert timed.reused / known.dense == pytest.approx(0.25)
 
 
 def test_progress_counts_every_candidate_of_every_round():

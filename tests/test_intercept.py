@@ -301,6 +301,17 @@ def test_mixed_dtypes_are_left_to_the_stock_call():
     }
 
 
+def test_the_default_device_of_torch_does_not_matter():
+    model = tiny.transformer("wan")
+    fastdit.enable_sparse_attention(model, **tiny.DRAFT)
+    expected = forward(model, "wan")
+    model, values = tiny.transformer("wan"), tiny.arguments("wan")
+    with torch.no_grad(), torch.device("meta"):
+        fastdit.enable_sparse_attention(model, **tiny.DRAFT)
+        found = model(**values).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_warning_comes_once(recwarn):
     model = tiny.transformer("ltx")
     arguments = tiny.arguments("ltx") | {"num_frames": None, "video_coords": torch.rand(1, 3, 192)}

@@ -24,6 +24,17 @@ def test_agrees_with_fp64(case, dtype, kernel, poisoned_empty):
     check_against_reference(case, dtype, kernel)
 
 
+@pytest.mark.parametrize("kernel", TORCH_KERNELS)
+@pytest.mark.parametrize("compensate", [None, "mean"])
+def test_the_default_device_of_torch_does_not_matter(kernel, compensate):
+    case = Case(tokens=(512, 520), blocks=(128, 128), head_dim=256, rows="some")
+    mask, tensors = case.mask(), case.tensors(torch.float32)
+    expected = block_sparse_attention(*tensors, mask, kernel=kernel, compensate=compensate)
+    with torch.device("meta"):
+        found = block_sparse_attention(*tensors, mask, kernel=kernel, compensate=compensate)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_triton_in_the_interpreter():
     """Runs tests/kernel_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")

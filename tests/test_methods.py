@@ -246,10 +246,13 @@ def test_unknown_names_say_what_there_is():
 
 def test_the_default_device_of_torch_does_not_matter(name):
     call = AttentionCall(TokenSpec(VideoGrid(3, 9, 11), 11, True))
-    q, k, _ = qkv(call.tokens)
+    q, k, v = qkv(call.tokens)
     method = small(name, q, k, call)
-    expected = method.pattern(q, k, call, MethodState())
+    expected, state = method.pattern(q, k, call, MethodState()), MethodState()
+    out = method.forward(q, k, v, call, MethodState())
     with torch.device("meta"):
         found = method.pattern(q, k, call, MethodState())
+        again = method.forward(q, k, v, call, state)
     assert torch.equal(found.layout.index, expected.layout.index)
     assert torch.equal(found.mask.to_dense(), expected.mask.to_dense())
+    torch.testing.assert_close(again, out, rtol=0, atol=0)

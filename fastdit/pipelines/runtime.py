@@ -98,7 +98,7 @@ class Layer:
         self.stats = LayerStats()
         self.memories: dict[tuple[str, int, int], Memory] = {}
         self.excuses: set[str] = set()
-        self.number = torch.tensor(next(_numbers))
+        self.number = torch.tensor(next(_numbers), device="cpu")
         LAYERS[int(self.number)] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:

@@ -227,8 +227,8 @@ def measure_cost(
 ) -> CostModel:
     """Time candidates on made-up queries, keys and values of the right size.
 
-    Dense attention is timed in each round, and a candidate's time is its ratio to that, so that a machine which
-    speeds up or slows down between rounds does not favour any of them.
+    Dense attention is timed before each of them, and a candidate's time is its ratio to that, so that a machine which
+    speeds up or slows down meanwhile does not favour any of them.
 
     Args:
         candidates: The candidates; the first is dense.
@@ -243,15 +243,15 @@ def measure_cost(
     caches = [PatternCache() for _ in candidates]
     dense, ratios, found = [], defaultdict(list), {}
     for turn in range(rounds + 1):
-        base = _time(lambda: Dense().forward(q, k, v, call, MethodState()), q.device)
         for index, method in enumerate(candidates):
+            base = _time(lambda: Dense().forward(q, k, v, call, MethodState()), q.device)
             state = MethodState(cache=caches[index], kernel=kernel, precision=precision)
             with naming(method):
                 found[index], seconds = _run(method, q, k, v, call, state, base)
             if turn:  # the first round builds static patterns, compiles kernels, warms up
                 ratios[index].append({name: value / base for name, value in seconds.items()})
+                dense.append(base)
             advance(1)
-        dense += [base] * (turn > 0)
     mean = statistics.median(dense)
     timings = []
     for index, method in enumerate(candidates):

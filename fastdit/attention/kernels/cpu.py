@@ -236,7 +236,7 @@ def _chunks(plan: Plan, blocks: _Blocks) -> Iterator[_Chunk]:
             stand_ins = blocks.stand_ins[rows][:: group.shared, None, None]
             if bool((stand_ins > -torch.inf).any()):
                 more = stand_ins.shape[-1] // block
-                ids = torch.arange(len(blocks.keys) - more, len(blocks.keys))
+                ids = torch.arange(len(blocks.keys) - more, len(blocks.keys), device=lists.device)
                 lists, first = torch.cat([ids.expand(len(lists), -1), lists], 1), None
                 added = stand_ins.new_zeros(len(lists), 1, 1, keys) if added is None else added
                 added, keys = torch.cat([stand_ins, added], -1), keys + more * block
@@ -272,7 +272,7 @@ def _gather(blocks: Tensor, chunk: _Chunk, workspace: Tensor) -> Tensor:
         parts *= 2
     index = chunk.lists.flatten()
     if parts > 1:
-        index = (index[:, None] * parts + torch.arange(parts)).flatten()
+        index = (index[:, None] * parts + torch.arange(parts, device=index.device)).flatten()
     gathered = workspace[: lists * count * block * dim].view(len(index), -1)
     torch.index_select(blocks.view(-1, gathered.shape[1]), 0, index, out=gathered)
     return gathered.view(lists, 1, -1, dim)[:, :, : chunk.keys]

@@ -79,6 +79,24 @@ def _add_all(q, k, v, acc, total, top, scale, WIDEN: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
+def count_ragged(list_ptr, length_ptr, first, last, TILE: tl.constexpr):
+    # Tiles past the last key of a block would add nothing, so they are not counted; a block without keys has one.
+    tiles = 0
+    for start in tl.range(first, last, 128):
+        at = start + tl.arange(0, 128)
+        blocks = tl.load(list_ptr + at, mask=at < last, other=0)
+        lengths = tl.maximum(tl.load(length_ptr + blocks, mask=at < last, other=0), 1)
+        tiles += tl.sum(tl.where(at < last, tl.cdiv(lengths, TILE), 0), 0)
+    return tiles
+
+
+@triton.jit
+def next_ragged(place, length, SPLIT: tl.constexpr, TILE: tl.constexpr):
+    # The next tile of the same block, or the first one of the next in the list.
+    return tl.where((place % SPLIT + 1) * TILE < length, place + 1, (place // SPLIT + 1) * SPLIT)
+
+
+@triton.jit
 def _attend_means(
     q,
     acc,
@@ -171,6 +189,8 @@ def _block_sparse_fwd_kernel(
     # Masks cost registers; smaller tiles make room for them, or the loop over full blocks would pay with spills.
     RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
     RAGGED_SPLIT: tl.constexpr = BLOCK_K // RAGGED_TILE_K
+    # Leaving out tiles without a key takes registers, too, which kernels with small tiles do not have.
+    SKIP: tl.constexpr = RAGGED_TILE_K < TILE_K
     ROW_TILES: tl.constexpr = BLOCK_Q // TILE_Q
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -229,10 +249,17 @@ def _block_sparse_fwd_kernel(
                 k = _read_descriptor(k_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
                 v = _read_descriptor(v_descriptor, tl.program_id(2), tl.program_id(1), start, TILE_K, PADDED_DIM)
             acc, total, top = _add_all(q, k, v, acc, total, top, scale, WIDEN, PRECISION)
-        for i in tl.range(full_count * RAGGED_SPLIT, count * RAGGED_SPLIT):
-            block = tl.load(list_ptr + i // RAGGED_SPLIT)
+        first = full_count * RAGGED_SPLIT
+        last = count * RAGGED_SPLIT
+        if SKIP:
+            last = first + count_ragged(list_ptr, length_ptr, full_count, count, RAGGED_TILE_K)
+        place = first
+        for i in tl.range(first, last):
+            if not SKIP:
+                place = i
+            block = tl.load(list_ptr + place // RAGGED_SPLIT)
             length = tl.load(length_ptr + block)
-            rows = i % RAGGED_SPLIT * RAGGED_TILE_K + tl.arange(0, RAGGED_TILE_K)
+            rows = place % RAGGED_SPLIT * RAGGED_TILE_K + tl.arange(0, RAGGED_TILE_K)
             # Padding is read as a copy of the last real key: cheaper than masked loads, and never out of bounds.
             inner = tl.minimum(rows, tl.maximum(length, 1) - 1)
             k = _read(k_head, block, inner, stride_ks, dims, HEAD_DIM, PADDED_DIM, BLOCK_K)
@@ -240,6 +267,8 @@ def _block_sparse_fwd_kernel(
             scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION)
             scores = tl.where((rows < length)[None, :], scores * scale, float("-inf"))
             acc, total, top = _add_some(scores, v, acc, total, top, WIDEN, PRECISION)
+            if SKIP:
+                place = next_ragged(place, length, RAGGED_SPLIT, RAGGED_TILE_K)
 
     if COMPENSATE:
         mean_head = (batch * tl.num_programs(1) + head) * tl.cdiv(num_k, MEANS_TILE) * MEANS_TILE * HEAD_DIM
