@@ -54,7 +54,8 @@ class TokenLayout:
         Args:
             tokens: What the sequence is made up of.
             block: Tokens per block, at least 1; every part starts on a multiple of it.
-            order: ``(n,)`` or ``(H, n)`` int64, the video tokens in the order wanted; default: raster order.
+            order: ``(n,)`` or ``(H, n)`` int64, the video tokens in the order wanted; default: the one they come in,
+                and so where ``tokens.ordered`` says that this is it.
             segments: ``(M,)`` int64, lengths of consecutive runs of ``order`` (the tiles, say), each of which is
                 padded to a multiple of ``block``; default: one run.
             device: Where the index tensors shall be.
@@ -65,7 +66,7 @@ class TokenLayout:
         count = tokens.grid.num_tokens
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
-        order = torch.arange(count, device="cpu") if order is None else order.cpu()
+        order = torch.arange(count, device="cpu") if order is None or tokens.ordered else order.cpu()
         order = order.view(-1, order.shape[-1])
         if not torch.equal(order.sort(-1).values, torch.arange(count, device="cpu").expand_as(order)):
             raise ValueError(f"order must list each of the {count} video tokens exactly once")
@@ -232,6 +233,22 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     if index.shape[0] == 1:
         return x.index_select(2, index[0])
     return x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def order_without_gaps(
+    tokens: TokenSpec, order: Tensor, *, block: int, segments: Tensor | None = None
+) -> Tensor | None:
+    """Return an order of the video, ``(n,)`` int64, if tokens that come in it need no copies, and it is not raster.
+
+    Args:
+        tokens: What the sequence is made up of.
+        order: ``(n,)`` int64, as for ``TokenLayout.build``.
+        block: Likewise.
+        segments: ``(M,)`` int64, likewise.
+    """
+    layout = TokenLayout.build(replace(tokens, ordered=True), block=block, segments=segments)
+    natural = torch.equal(order, torch.arange(len(order), device="cpu"))
+    return order if layout.identity and not natural else None
 
 
 def token_order(grid: VideoGrid, order: str, tile: tuple[int, int, int] = (4, 4, 4)) -> Tensor:

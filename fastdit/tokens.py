@@ -60,6 +60,7 @@ class TokenSpec:
         grid: The video tokens.
         text_tokens: Text tokens in the same sequence, padding included; 0 for cross-attention models.
         text_first: Whether the text comes before the video.
+        ordered: Whether the video tokens come in the order of the method, not in raster order.
 
     Raises:
         ValueError: ``text_tokens`` is negative.
@@ -68,6 +69,7 @@ class TokenSpec:
     grid: VideoGrid
     text_tokens: int = 0
     text_first: bool = False
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         if self.text_tokens < 0:

@@ -217,6 +217,28 @@ def test_half_precision_selects_in_single(name):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
+@pytest.mark.parametrize("grid", [VideoGrid(3, 4, 8), VideoGrid(3, 9, 11)], ids=str)
+@pytest.mark.parametrize("order", ["curve", "tile", "hwf"])
+def test_tokens_may_come_in_the_shared_order(name, grid, order):
+    call = AttentionCall(TokenSpec(grid))
+    q, k, v = qkv(call.tokens, batch=2)
+    has_order = "order" in {field.name for field in dataclasses.fields(method_class(name))}
+    method = small(name, q, k, call, **({"order": order} if has_order else {}))
+    shared = method.shared_order(call.tokens)
+    assert (shared is not None) == (has_order or (name == "draft" and grid.height == 4))
+    if shared is None:
+        return
+    ordered = AttentionCall(dataclasses.replace(call.tokens, ordered=True))
+    first, second = MethodState(), MethodState()
+    for _ in range(2):
+        expected = method.forward(q, k, v, call, first)[:, :, shared]
+        out = method.forward(*(x[:, :, shared] for x in (q, k, v)), ordered, second)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        first.refresh = second.refresh = False
+    assert float(first.kept) == pytest.approx(float(second.kept), rel=1e-6)
+    assert method.layout(ordered, q.device, second).identity if has_order else True
+
+
 def test_head_dependent_layouts():
     """A layout per head, as PARO needs it: the door computes each head in its own order."""
     spec = TokenSpec(VideoGrid(3, 4, 5), 4)

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from ..layout import TokenLayout
 from ..mask import BlockMask
-from ..tokens import AttentionCall
+from ..tokens import AttentionCall, TokenSpec
 from .kernels import block_sparse_attention
 from .reorder import lay_out, put_back
 from .state import MethodState
@@ -67,6 +67,16 @@ class AttentionMethod(ABC):
             head_dim: Channels of a head, at least 1.
         """
         return Module()
+
+    def shared_order(self, tokens: TokenSpec) -> Tensor | None:
+        """Return the order that video tokens may come in from the start, or ``None``: ``(n,)`` int64, on the CPU.
+
+        It is the order of all layers, heads and steps, and has no gaps: calls with ``tokens.ordered`` copy nothing.
+
+        Args:
+            tokens: What the sequence is made up of, in raster order.
+        """
+        return None
 
     def describe(self) -> dict[str, Any]:
         """Return the fields as values that JSON can hold."""

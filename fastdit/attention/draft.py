@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import TokenLayout, fitting_tile, tile_order
-from ..tokens import AttentionCall
+from ..layout import TokenLayout, fitting_tile, order_without_gaps, tile_order
+from ..tokens import AttentionCall, TokenSpec, VideoGrid
 from .base import BlockMethod, Pattern, check_density, register
 from .ordered import pattern_of
 from .reorder import part_scores, pool_laid_out
@@ -97,9 +97,20 @@ class Draft(BlockMethod):
         kept = by_heads(choose, q.shape[1], q.shape[0] * (tiles * self.parts) ** 2)
         return pattern_of(layout, kept, max_count=max_count)
 
+    def shared_order(self, tokens: TokenSpec) -> Tensor | None:
+        """Return the order of the tiles, ``(n,)`` int64, if each of them fills its block.
+
+        Args:
+            tokens: What the sequence is made up of, in raster order.
+        """
+        order, sizes = self._tiles(tokens.grid)
+        return order_without_gaps(tokens, order, block=self.block_size, segments=sizes)
+
+    def _tiles(self, grid: VideoGrid) -> tuple[Tensor, Tensor]:
+        return tile_order(grid, fitting_tile(grid, PUBLISHED_TILE) if self.tile is None else self.tile)
+
     def _layout(self, call: AttentionCall, device: torch.device) -> TokenLayout:
-        grid = call.tokens.grid
-        order, sizes = tile_order(grid, fitting_tile(grid, PUBLISHED_TILE) if self.tile is None else self.tile)
+        order, sizes = self._tiles(call.tokens.grid)
         return TokenLayout.build(call.tokens, block=self.block_size, order=order, segments=sizes, device=device)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import ORDERS, TokenLayout, token_order
+from ..layout import ORDERS, TokenLayout, order_without_gaps, token_order
 from ..mask import BlockMask
-from ..tokens import AttentionCall
+from ..tokens import AttentionCall, TokenSpec
 from .base import BlockMethod, Pattern, check_block_size
 from .kernels.device import has_triton
 from .select import keep_text
@@ -47,6 +47,9 @@ class OrderedMethod(BlockMethod):
     def layout(self, call: AttentionCall, device: torch.device, state: MethodState) -> TokenLayout:
         """Return the layout of a call, built once per make-up of the tokens.
 
+        Tokens that come in order already (``call.tokens.ordered``) have a layout that changes nothing; ``video_order``
+        says which they are all the same.
+
         Args:
             call: The call.
             device: Where it shall be.
@@ -55,8 +58,24 @@ class OrderedMethod(BlockMethod):
         key = ("layout", self.block_size, self.order, self.tile, call.tokens, device)
         return state.cache.static(key, lambda: self._build(call, device))
 
+    def video_order(self, tokens: TokenSpec) -> Tensor:
+        """List the video tokens, by their place in raster order, in the order that is cut into blocks: ``(n,)`` int64.
+
+        Args:
+            tokens: What the sequence is made up of.
+        """
+        return token_order(tokens.grid, self.order, self.tile)
+
+    def shared_order(self, tokens: TokenSpec) -> Tensor | None:
+        """Return the order, ``(n,)`` int64, if it leaves no gap between video and text, which starts on a block.
+
+        Args:
+            tokens: What the sequence is made up of, in raster order.
+        """
+        return order_without_gaps(tokens, self.video_order(tokens), block=self.block_size)
+
     def _build(self, call: AttentionCall, device: torch.device) -> TokenLayout:
-        order = token_order(call.tokens.grid, self.order, self.tile)
+        order = self.video_order(call.tokens)
         return TokenLayout.build(call.tokens, block=self.block_size, order=order, device=device)
 
 

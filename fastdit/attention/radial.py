@@ -76,7 +76,7 @@ class Radial(OrderedMethod):
             block_size=self.block_size,
             sink=self.sink,
             min_band=self.min_band,
-            order=None if in_raster else layout.index[0, : grid.num_tokens] - call.tokens.video.start,
+            order=None if in_raster else self.video_order(call.tokens),
             device=q.device,
         )
         return pattern_of(layout, blocks)

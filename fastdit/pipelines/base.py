@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch.nn import Module
@@ -11,6 +12,25 @@ from torch.nn import Module
 from ..tokens import VideoGrid
 
 _REGISTRY: dict[str, ModelFamily] = {}
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Name the modules through which video tokens enter and leave the blocks of a transformer.
+
+    Between them nothing but attention may depend on the order of the tokens; rotary embeddings are put in order, too.
+
+    Args:
+        entry: Path of the module that returns the tokens, ``(B, S, C)``, or ``(B, C, F, H, W)`` to be flattened next.
+        rotary: Path of the module that returns the rotary embeddings, a tuple of ``(B or 1, S, ...)``.
+        exit: Path of the module that returns the tokens after the blocks, ``(B, S, C)``.
+        per_sample: Arguments of the forward that must not have a value for each token.
+    """
+
+    entry: str
+    rotary: str
+    exit: str
+    per_sample: tuple[str, ...] = ("timestep",)
 
 
 class ModelFamily(ABC):
@@ -53,6 +73,14 @@ class ModelFamily(ABC):
         """
         attention: Any = transformer.get_submodule(path)
         return attention.to_out[0]
+
+    def boundary(self, transformer: Module) -> Boundary | None:
+        """Name the modules between which tokens may be in another order; ``None`` where there is no such place.
+
+        Args:
+            transformer: The model.
+        """
+        return None
 
     def calls(self, arguments: Mapping[str, Any]) -> int:
         """Count the attention calls each self-attention makes in one forward.

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.nn import Module
 
+from .crossing import add_crossings
 from .rebind import Rebound, rebind, stock_attributes, stock_processor
 from .runtime import Runtime
 from .weights import ATTRIBUTE as WEIGHTS
@@ -100,6 +101,7 @@ def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Modu
     handles = [
         transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
         transformer.register_forward_hook(after_forward),
+        *add_crossings(transformer, runtime),
     ]
     parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
     installation = Installation(runtime, replaced, handles, parameters)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..tokens import VideoGrid
-from .base import ModelFamily, attentions_of_blocks, register_family
+from .base import Boundary, ModelFamily, attentions_of_blocks, register_family
 
 
 @register_family
@@ -37,3 +37,12 @@ class LTX(ModelFamily):
         if frames is None or height is None or width is None:
             return "the pipeline passes video_coords instead of num_frames, height and width: the grid is unknown"
         return VideoGrid(frames, height, width)
+
+    def boundary(self, transformer: Module) -> Boundary | None:
+        """Name where tokens enter and leave.
+
+        Args:
+            transformer: The model.
+        """
+        stock = type(transformer).__name__ == "LTXVideoTransformer3DModel"
+        return Boundary("proj_in", "rope", "proj_out") if stock else None

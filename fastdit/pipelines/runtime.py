@@ -7,7 +7,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..schedule import Schedule
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
 from .base import ModelFamily
 from .context import RunTracker
+from .crossing import check_crossed, order_once
 from .padding import PaddingReader
 from .stats import LayerStats
 from .weights import Weights
@@ -56,6 +57,8 @@ class Forward:
         reached: Attention calls so far, per layer.
         mask_source: The argument that the model makes its attention mask from, if there is one.
         specs: What a sequence is made up of, or why that is unknown, by its length.
+        ordered: Its tokens, if they are put into the order of the method once for all layers.
+        crossed: Where they were put into it, or back.
     """
 
     grid: VideoGrid | str
@@ -63,6 +66,8 @@ class Forward:
     reached: list[int]
     mask_source: Any = None
     specs: dict[int, TokenSpec | str] = field(default_factory=dict)
+    ordered: TokenSpec | None = None
+    crossed: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -288,15 +293,19 @@ class Runtime:
         source = None if family.mask_argument is None else arguments.get(family.mask_argument)
         grid = family.grid(transformer, arguments)
         self.forward = Forward(grid, family.calls(arguments), [0] * len(self.layers), source)
+        self.forward.ordered = order_once(self, transformer, arguments, grid)
 
     def end(self) -> None:
         """Take note that the forward pass has ended; after the first, check that every layer took part.
 
         Raises:
-            RuntimeError: A layer made fewer attention calls than it should.
+            RuntimeError: A layer made fewer attention calls than it should, or tokens were left in another order.
         """
         forward = self.forward
         self.padding.end_forward()
+        if forward is not None:
+            forward.ordered = None
+            check_crossed(forward.crossed, self.title)
         if self.complete or forward is None:
             return
         missing = [self.layers[i].name for i, reached in enumerate(forward.reached) if reached < forward.calls]
@@ -309,6 +318,21 @@ class Runtime:
             )
         self.complete = True
 
+    def any_sparse(self) -> bool:
+        """Say whether the schedule has any layer run sparse in this step."""
+        schedule, tracker, count = self.settings.schedule, self.tracker, len(self.layers)
+        step = max(tracker.step, 0)
+        return any(schedule.dense_reason(i, count, step, tracker.num_steps) is None for i in range(count))
+
+    def shared_order(self, tokens: TokenSpec) -> Tensor | None:
+        """Return the order that tokens may be in throughout a forward pass: ``(n,)`` int64 on the CPU, or ``None``.
+
+        Args:
+            tokens: What the sequence is made up of, in raster order.
+        """
+        method = self.settings.method
+        return self.cache.static(("shared order", tokens), lambda: method.shared_order(tokens))
+
     def spec(self, forward: Forward, length: int) -> TokenSpec | str:
         """Say what a sequence of a forward pass is made up of, or why that is unknown.
 
@@ -317,7 +341,9 @@ class Runtime:
             length: Tokens in the sequence.
         """
         if length not in forward.specs:
-            forward.specs[length] = self._spec(forward.grid, length)
+            spec = self._spec(forward.grid, length)
+            ordered = "entry" in forward.crossed and not isinstance(spec, str)
+            forward.specs[length] = replace(spec, ordered=True) if ordered else spec
         return forward.specs[length]
 
     def _spec(self, grid: VideoGrid | str, length: int) -> TokenSpec | str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..tokens import VideoGrid
-from .base import ModelFamily, attentions_of_blocks, patched, register_family
+from .base import Boundary, ModelFamily, attentions_of_blocks, patched, register_family
 
 
 @register_family
@@ -35,3 +35,12 @@ class Wan(ModelFamily):
             arguments: The arguments of its forward, by name.
         """
         return patched(arguments["hidden_states"].shape[-3:], transformer.config.patch_size)
+
+    def boundary(self, transformer: Module) -> Boundary | None:
+        """Name where tokens enter and leave; VACE adds control tokens in between.
+
+        Args:
+            transformer: The model.
+        """
+        stock = type(transformer).__name__ == "WanTransformer3DModel"
+        return Boundary("patch_embedding", "rope", "proj_out") if stock else None
