@@ -17,7 +17,7 @@ from fastdit.attention.draft import Draft
 from fastdit.pipelines.wan import Wan
 from fastdit.search import task
 from fastdit.search.candidates import make_candidates
-from fastdit.search.cost import ROUNDS
+from fastdit.search.cost import ROUNDS, TOO_SLOW
 from fastdit.search.fingerprint import fingerprint, plain
 from fastdit.search.live import LiveSamples
 from fastdit.search.plan import Plan
@@ -351,16 +351,23 @@ def test_paro_without_a_plan_is_no_candidate():
         quick_search(pipeline(), ("a",), candidates=[get_method("paro")], cost=None)
 
 
-def test_candidates_slower_than_dense_are_left_out_before_anything_is_scored(monkeypatch):
+def test_candidates_far_slower_than_dense_are_left_out_before_anything_is_scored(monkeypatch):
     slow = cost_of(CANDIDATES).timings[2]
-    slow = dataclasses.replace(slow, first=1.0, refreshed=1.0, reused=1.0)
     model = cost_of(CANDIDATES)
+    seconds = TOO_SLOW * model.dense * 1.01
+    slow = dataclasses.replace(slow, first=seconds, refreshed=seconds, reused=seconds)
     model = dataclasses.replace(model, timings=(*model.timings[:2], slow, *model.timings[3:]))
     runs, forward = [], Draft.forward
     monkeypatch.setattr(Draft, "forward", lambda self, *x: (runs.append(self.density), forward(self, *x))[1])
     plan = quick_search(pipeline(), ("a",), cost=model)
     assert set(runs) == {0.1, 0.6}
     assert 2 not in set(np.array(plan.transformers["transformer"].choices).flat)
+    seconds = model.dense * 1.2
+    timings = [dataclasses.replace(t, first=seconds, refreshed=seconds, reused=seconds) for t in model.timings[2:]]
+    little = dataclasses.replace(model, timings=(*model.timings[:2], *timings))
+    runs.clear()
+    quick_search(pipeline(), ("a",), cost=little)
+    assert len(set(runs)) == 3, "what takes little longer is scored"
     fast = dataclasses.replace(model.timings[0], first=1e-9, refreshed=1e-9, reused=1e-9)
     all_slow = dataclasses.replace(model, dense=1e-9, timings=(fast, *model.timings[1:]))
     with pytest.raises(

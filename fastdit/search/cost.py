@@ -28,6 +28,9 @@ from .scoring import known_pattern, naming
 ROUNDS = 3
 """How often each candidate is timed; the median counts."""
 
+TOO_SLOW = 1.5
+"""How many times as long as dense attention a candidate may take. Times on shared machines vary by a third or more."""
+
 _COARSE = 4
 
 

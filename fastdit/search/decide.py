@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cells import Cells
-from .cost import CostModel
+from .cost import TOO_SLOW, CostModel
 from .solver import ImpossibleBudget, frontier, solve
 
 POINTS = 64
@@ -79,7 +79,7 @@ class Problem:
     """Hold the cells that the search decides about as rows: what each candidate costs and how far it is off.
 
     A layer's error is the sum of its heads' squared errors, as if they erred apart; an error counts once for each step.
-    A candidate that takes longer than dense is not used.
+    A candidate that takes far longer than dense (``cost.TOO_SLOW``) is not used.
 
     Args:
         cells: The cells of each transformer.
@@ -100,10 +100,11 @@ class Problem:
         density = [each.mean_density(models[each.title]) for each in cells]
         errors = [np.square(each.error * each.weights[:, None, None]) for each in cells]
         names = [timing.candidate["method"] for timing in models[cells[0].title].timings]
-        self.slow = [name for i, name in enumerate(names) if not any((s[..., i] <= s[..., 0]).any() for s in seconds)]
+        quick = [(s <= TOO_SLOW * s[..., :1]).any((0, 1, 2)) for s in seconds]
+        self.slow = [name for i, name in enumerate(names) if not any(each[i] for each in quick)]
         self.calls = np.array([cells[i].calls[b, layer] for i, b, layer, _ in self.rows], np.float64)
         self.errors, self.seconds, self.density = (self._take(x) for x in (errors, seconds, density))
-        self.usable = np.where(self.seconds <= self.seconds[:, :1], self.errors, np.nan)
+        self.usable = np.where(self.seconds <= TOO_SLOW * self.seconds[:, :1], self.errors, np.nan)
         self.layers = sum(int(each.calls.sum()) for each in cells)
         dense = {each.title: each.shape.heads * models[each.title].seconds(0, 1.0) for each in cells}
         self.fixed = float(sum(dense[each.title] * each.dense_calls for each in cells))
@@ -179,7 +180,8 @@ class Problem:
             if what == "target_speedup":
                 text = f"target_speedup {asked:g} is impossible: these candidates and this schedule reach {high:.3g}"
             if self.slow:
-                text += f"; not used, because they take longer than dense here: {', '.join(dict.fromkeys(self.slow))}"
+                names = ", ".join(dict.fromkeys(self.slow))
+                text += f"; not used, because they take far longer than dense here: {names}"
             impossible.args = (text,)
             raise impossible from error
 

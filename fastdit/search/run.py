@@ -62,8 +62,8 @@ def search(
 ) -> Plan:
     """Search for the method and parameters of every step bucket, layer and head.
 
-    First each candidate is timed; those that take longer than dense attention are left out. Then the pipeline makes a
-    video of each prompt with its own attention. At the sampled steps every candidate is scored on the same queries,
+    First each candidate is timed; those that take far longer than dense attention are left out. Then the pipeline makes
+    a video of each prompt with its own attention. At the sampled steps every candidate is scored on the same queries,
     keys and values, one at a time; what is kept are numbers. Last, the least error within the limit is solved for.
 
     Args:
