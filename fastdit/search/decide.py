@@ -100,8 +100,8 @@ class Problem:
         density = [each.mean_density(models[each.title]) for each in cells]
         errors = [np.square(each.error * each.weights[:, None, None]) for each in cells]
         names = [timing.candidate["method"] for timing in models[cells[0].title].timings]
-        quick = np.array([(s <= TOO_SLOW * s[..., :1]).any((0, 1, 2)) for s in seconds]).any(0)
-        self.slow = [name for name, each in zip(names, quick.tolist(), strict=True) if not each]
+        quick = [np.less_equal(s, TOO_SLOW * s[..., :1]) for s in seconds]
+        self.slow = [name for i, name in enumerate(names) if not any(each[..., i].any() for each in quick)]
         self.calls = np.array([cells[i].calls[b, layer] for i, b, layer, _ in self.rows], np.float64)
         self.errors, self.seconds, self.density = (self._take(x) for x in (errors, seconds, density))
         self.usable = np.where(self.seconds <= TOO_SLOW * self.seconds[:, :1], self.errors, np.nan)
