@@ -206,6 +206,7 @@ def test_no_backward(kernel):
         assert attention(*tensors, mask, precision="int8")[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_triton_in_the_interpreter():
     """Runs tests/precision_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")

@@ -19,6 +19,7 @@ from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_triton_in_the_interpreter():
     """Runs tests/sla_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")

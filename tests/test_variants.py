@@ -13,6 +13,7 @@ from fastdit.attention.kernels import block_sparse_attention
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_variants_in_the_interpreter():
     """Runs tests/variant_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")
