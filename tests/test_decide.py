@@ -144,10 +144,15 @@ def test_what_was_not_scored_can_only_be_dense_and_is_said_to_be():
     assert choose_modes(cells.head_mse, cells.density, threshold=1)[0, 1].tolist() == [0, 0]
 
 
-def test_what_is_slow_is_named_though_nothing_is_known_of_dense_layers():
-    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, *3 * (0.031,), 0.0)
+def draft_taking(seconds):
+    """A cost model in which the draft takes so long for two heads, and dense attention 0.02."""
     model = cost_of(METHODS)
-    model = CostModel(**{**vars(model), "timings": (model.timings[0], slow, model.timings[2])})
+    draft = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, *3 * (seconds,), 0.0)
+    return CostModel(**{**vars(model), "timings": (model.timings[0], draft, model.timings[2])})
+
+
+def test_what_is_slow_is_named_though_nothing_is_known_of_dense_layers():
+    model = draft_taking(0.031)
     assert Problem(dense_layer(random_error()), {"transformer": model}).slow == ["draft"]
 
 
@@ -251,9 +256,7 @@ def test_errors_are_limited_in_their_own_unit():
 
 
 def test_what_takes_far_longer_than_dense_is_not_used():
-    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, *3 * (0.031,), 0.0)
-    model = cost_of(METHODS)
-    model = CostModel(**{**vars(model), "timings": (model.timings[0], slow, model.timings[2])})
+    model = draft_taking(0.031)
     (cells,) = collect([scores(random_error())], WHOLE)
     problem = Problem([cells], {"transformer": model})
     assert set(problem.solve(Target(budget=0.45))["transformer"].flat) <= {0, 2}
@@ -265,9 +268,7 @@ def test_what_takes_far_longer_than_dense_is_not_used():
 
 def test_what_takes_a_little_longer_than_dense_counts_by_its_density():
     """Times vary between runs: they must not decide what a limit on density gets."""
-    slow = Timing(describe(METHODS[1]), "slow", 0.1, 0.1, *3 * (0.026,), 0.0)
-    model = cost_of(METHODS)
-    model = CostModel(**{**vars(model), "timings": (model.timings[0], slow, model.timings[2])})
+    model = draft_taking(0.026)
     (cells,) = collect([scores(random_error())], WHOLE)
     problem = Problem([cells], {"transformer": model})
     assert 1 in problem.solve(Target(budget=0.3))["transformer"]

@@ -118,9 +118,9 @@ def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         plan().save(tmp_path / "plan.txt")
     with pytest.raises(FileNotFoundError):
         plan().save(tmp_path / "nowhere" / "plan.json")
-    with pytest.raises(PlanError, match=r"candidates\[1\].fields.plan must be an option, .* got '/tmp/masks"):
+    with pytest.raises(PlanError, match=r"candidates\[1\].fields.plan must be an option, .* got 'elsewhere/masks"):
         paths = get_method("paro")
-        object.__setattr__(paths, "plan", "/tmp/masks.safetensors")
+        object.__setattr__(paths, "plan", "elsewhere/masks.safetensors")
         plan(candidates=(CANDIDATES[0], paths, paths)).save(tmp_path / "plan.json")
     plan().save(tmp_path / "plan.json")
     before = (tmp_path / "plan.json").read_bytes()

@@ -103,7 +103,10 @@ def order_once(
         grid: The video tokens, or the reason why they are unknown.
     """
     boundary = runtime.family.boundary(transformer)
-    if boundary is None or isinstance(grid, str) or torch.is_grad_enabled() or _altered(transformer):
+    if boundary is None or isinstance(grid, str) or torch.is_grad_enabled():
+        return None
+    tokens = TokenSpec(grid)
+    if runtime.shared_order(tokens) is None or runtime.all_dense() or _altered(transformer):
         return None
     attentions: list[Any] = [module for _, module in runtime.family.self_attentions(transformer)]
     if any(getattr(module.processor, "_parallel_config", None) is not None for module in attentions):
@@ -111,10 +114,8 @@ def order_once(
     if any(getattr(arguments.get(name), "ndim", 0) > 1 for name in boundary.per_sample):
         return None
     modules = [transformer.get_submodule(getattr(boundary, place)) for place in PLACES]
-    if not all(any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules):
-        return None  # one was wrapped meanwhile, as adapters do
-    tokens = TokenSpec(grid)
-    return tokens if runtime.any_sparse() and runtime.shared_order(tokens) is not None else None
+    hooked = (any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules)
+    return tokens if all(hooked) else None  # adapters wrap modules, and leave the hook inside
 
 
 def check_crossed(crossed: list[str], title: str) -> None:

@@ -129,10 +129,7 @@ class Layer:
         if runtime.settings.method.stock:
             stats.scheduled[f"method {runtime.settings.method.name!r}"] += 1
             return None
-        tracker = runtime.tracker
-        reason = runtime.settings.schedule.dense_reason(
-            self.index, len(runtime.layers), max(tracker.step, 0), tracker.num_steps
-        )
+        reason = runtime.dense_reason(self.index)
         if reason is not None:
             stats.scheduled[reason] += 1
             return None
@@ -318,11 +315,18 @@ class Runtime:
             )
         self.complete = True
 
-    def any_sparse(self) -> bool:
-        """Say whether the schedule has any layer run sparse in this step."""
-        schedule, tracker, count = self.settings.schedule, self.tracker, len(self.layers)
-        step = max(tracker.step, 0)
-        return any(schedule.dense_reason(i, count, step, tracker.num_steps) is None for i in range(count))
+    def dense_reason(self, layer: int) -> str | None:
+        """Say why the schedule keeps a layer dense in this step; ``None`` where it does not.
+
+        Args:
+            layer: Index of the layer, from 0.
+        """
+        tracker = self.tracker
+        return self.settings.schedule.dense_reason(layer, len(self.layers), max(tracker.step, 0), tracker.num_steps)
+
+    def all_dense(self) -> bool:
+        """Say whether the schedule keeps all layers dense in this step."""
+        return all(self.dense_reason(layer.index) is not None for layer in self.layers)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
         """Return the order that tokens may be in throughout a forward pass: ``(n,)`` int64 on the CPU, or ``None``.
