@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionMethod, MethodState, Pattern, get_method
+from .attention.kernels import check_call, check_tensors
 from .tokens import AttentionCall, TokenSpec, VideoGrid
 
 
@@ -39,26 +40,42 @@ def sparse_attention_call(
         text_tokens: Text tokens in the same sequence, at least 0.
         text_first: Whether they come before the video.
         scale: Softmax scale; default ``D ** -0.5``.
-        key_padding: ``(B, S)`` bool, True where a key is padding; in each sample real text comes before it.
-        kernel: One of ``list_kernels()``; default: the fastest that can run.
-        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the inputs.
-        state: What the method remembers from call to call, kernel and precision included; default: nothing.
+        key_padding: ``(B, S)`` bool, True where a key is padding, anywhere in the text. Real text is put first, which
+            takes copies where it is not, and on a GPU a look waits for the device.
+        kernel: One of ``list_kernels()``; default: that of ``state``, or the fastest that can run.
+        precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of ``state``, or of the
+            inputs.
+        state: What the method remembers from call to call; default: nothing.
         **fields: Fields of the method, if given by name.
 
     Returns:
         ``(B, H, S, D)`` in the dtype of ``q``.
 
     Raises:
-        ValueError: Method or kernel is unknown, a value is out of range, or the tokens do not add up to ``S``.
-        TypeError: The method has no such field, or a method object is given together with fields.
+        ValueError: Method or kernel is unknown, a value is out of range, shapes or devices do not fit each other, the
+            tokens do not add up to ``S``, video tokens are padding, or ``state`` has another kernel or precision.
+        TypeError: The method has no such field, a method object is given together with fields, or dtypes are wrong.
     """
     method = _method(method, fields)
     tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
-    _check_length(tokens, q.shape[2])
-    call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
+    check_call(q, k, v, scale=scale, kernel=kernel, precision=precision)
+    _check_lengths(tokens, q, k)
     state = MethodState(kernel=kernel, precision=precision) if state is None else state
+    for name, given, known in (("kernel", kernel, state.kernel), ("precision", precision, state.precision)):
+        if given not in (None, known):
+            raise ValueError(f"{name}={given!r} was given with a state whose {name} is {known!r}; give it to one alone")
+    order = None
+    if key_padding is not None:
+        _check_padding(key_padding, q)
+        if not method.stock:  # which asks nothing of the order
+            order = _real_text_first(key_padding, tokens)
+    if order is not None:
+        key_padding = key_padding.gather(1, order)
+        q, k, v = (_in_order(x, order) for x in (q, k, v))
+    call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
     with torch.autocast(q.device.type, enabled=False):  # blocks are chosen, and sums made, in the precision they need
-        return method.forward(q, k, v, call, state)
+        out = method.forward(q, k, v, call, state)
+    return out if order is None else _in_order(out, order.argsort(1))
 
 
 def pattern(
@@ -84,16 +101,18 @@ def pattern(
 
     Raises:
         ValueError: The method needs q and k and they are missing, or as for ``sparse_attention_call``.
-        TypeError: The method has no such field, or a method object is given together with fields.
+        TypeError: Likewise.
     """
     method = _method(method, fields)
     tokens = TokenSpec(VideoGrid(*grid), text_tokens, text_first)
     if q is None or k is None:
         if not method.static:
             raise ValueError(f"method {method.name!r} chooses its blocks from queries and keys: give q and k")
-        q = k = torch.zeros(1, 1, 1, 1).expand(1, 1, tokens.num_tokens, 1)
-    _check_length(tokens, q.shape[2])
-    return method.pattern(q, k, AttentionCall(tokens=tokens), MethodState())
+        q = k = torch.zeros(1, 1, 1, 1, dtype=torch.float32).expand(1, 1, tokens.num_tokens, 1)
+    check_tensors(q, k, k)
+    _check_lengths(tokens, q, k)
+    with torch.autocast(q.device.type, enabled=False):
+        return method.pattern(q, k, AttentionCall(tokens=tokens), MethodState())
 
 
 def _method(method: str | AttentionMethod, fields: Mapping[str, Any]) -> AttentionMethod:
@@ -106,9 +125,39 @@ def _method(method: str | AttentionMethod, fields: Mapping[str, Any]) -> Attenti
     return method
 
 
-def _check_length(tokens: TokenSpec, length: int) -> None:
-    if tokens.num_tokens != length:
+def _check_lengths(tokens: TokenSpec, q: Tensor, k: Tensor) -> None:
+    if not tokens.num_tokens == q.shape[2] == k.shape[2]:
         raise ValueError(
             f"a grid of {tokens.grid} and {tokens.text_tokens} text tokens make {tokens.num_tokens} tokens, "
-            f"but q has {length}"
+            f"but q has {q.shape[2]} and k has {k.shape[2]}; this is for self-attention, in which all of them are in q, "
+            "k and v"
         )
+
+
+def _check_padding(padding: Tensor, q: Tensor) -> None:
+    shape = (q.shape[0], q.shape[2])
+    if padding.dtype != torch.bool or tuple(padding.shape) != shape or padding.device != q.device:
+        raise ValueError(
+            f"key_padding must be {shape} bool on {q.device}, True where a key is padding, got {tuple(padding.shape)} "
+            f"{padding.dtype} on {padding.device}"
+        )
+
+
+def _real_text_first(padding: Tensor, tokens: TokenSpec) -> Tensor | None:
+    """Order tokens so that in each sample real text comes before padding: ``(B, S)`` int64, ``None`` if it does."""
+    video = padding[:, tokens.video].sum(1)
+    if bool(video.any()):
+        raise ValueError(
+            f"key_padding marks {video.tolist()} video tokens of the samples as padding, but only text may be padded; "
+            "give videos of one size, or each sample in a call of its own"
+        )
+    text = padding[:, tokens.text]
+    if not bool((text[:, :-1] & ~text[:, 1:]).any()):
+        return None
+    order = torch.arange(tokens.num_tokens, device=padding.device).repeat(len(padding), 1)
+    order[:, tokens.text] = text.to(torch.uint8).argsort(dim=1, stable=True) + tokens.text.start
+    return order
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(2, order[:, None, :, None].expand_as(x))

@@ -156,7 +156,11 @@ class TokenLayout:
 
         Returns:
             ``(B, H, S_padded, D)``; ``x`` itself if nothing changes.
+
+        Raises:
+            ValueError: ``x`` has another number of tokens.
         """
+        _check_tokens(x, self.num_tokens)
         if self.identity:
             return x
         out = _take(x, self.source)
@@ -170,7 +174,11 @@ class TokenLayout:
 
         Returns:
             ``(B, H, S, D)``; ``x`` itself if nothing changes.
+
+        Raises:
+            ValueError: ``x`` has another number of positions.
         """
+        _check_tokens(x, self.padded_tokens)
         if self.identity:
             return x
         return _take(x, self.inverse)
@@ -227,6 +235,11 @@ def stack_heads(layouts: Sequence[TokenLayout]) -> TokenLayout:
     """
     first = layouts[0]
     return first if all(layout is first for layout in layouts) else StackedLayout(layouts)
+
+
+def _check_tokens(x: Tensor, count: int) -> None:
+    if x.ndim != 4 or x.shape[2] != count:
+        raise ValueError(f"the layout takes (B, H, {count}, D), got {tuple(x.shape)}")
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -308,6 +321,7 @@ def tile_parts(grid: VideoGrid, tile: tuple[int, int, int]) -> list[tuple[VideoG
     frames, height, width = tile
     if frames == 1:
         return [(grid, tile)]
+    frames = min(frames, grid.num_tokens)  # which bounds the search for divisors
     tall = max(n for n in range(1, math.isqrt(frames) + 1) if frames % n == 0)
     first = (replace(grid, frames=1), (1, height * tall, width * (frames // tall)))
     return [first] if grid.frames == 1 else [first, (replace(grid, frames=grid.frames - 1), tile)]
@@ -354,6 +368,7 @@ def tile_order(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[Tensor, Ten
     """
     orders, sizes, start = [], [], 0
     for part, box in tile_parts(grid, tile):
+        box = [min(n, t) for n, t in zip(part.shape, box, strict=True)]
         axes = [torch.arange(n, device="cpu") // t for n, t in zip(part.shape, box, strict=True)]
         counts = [math.ceil(n / t) for n, t in zip(part.shape, box, strict=True)]
         f, h, w = torch.meshgrid(*axes, indexing="ij")

@@ -57,8 +57,8 @@ class BlockMask:
     ) -> BlockMask:
         """Build the lists from a map of blocks.
 
-        A query block without any key block gets the key block at its own relative position, so that every
-        query attends to something.
+        A query block without any key block gets the one at its own relative position (see ``keep_some``), so that
+        every query attends to something.
 
         Args:
             blocks: ``(Nq, Nk)`` or ``(B or 1, H or 1, Nq, Nk)`` bool, True where a block is computed.
@@ -69,7 +69,8 @@ class BlockMask:
             lengths_q: ``(Nq,)`` or ``(B or 1, H or 1, Nq)`` real queries per block, instead of ``tokens_q``.
             lengths_k: ``(Nk,)`` or ``(B or 1, H or 1, Nk)`` real keys per block, instead of ``tokens_k``.
             max_count: An upper bound of the blocks in a row that does not list every block, known to the caller.
-                Without it the longest such row is looked up, which on a GPU waits for the device.
+                It is trusted, and so are the lengths, so that nothing waits for a GPU. Without it the longest such row
+                is looked up, and lengths are checked.
 
         Raises:
             ValueError: A shape, token count or length does not fit the block map.
@@ -86,14 +87,10 @@ class BlockMask:
         if block_q < 1 or block_k < 1:
             raise ValueError(f"block sizes must be at least 1, got block_q={block_q}, block_k={block_k}")
         num_q, num_k = blocks.shape[-2:]
-        lengths_q = _lengths("q", num_q, block_q, tokens_q, lengths_q, blocks.device)
-        lengths_k = _lengths("k", num_k, block_k, tokens_k, lengths_k, blocks.device)
-        own = torch.arange(num_q, device=blocks.device) * num_k // num_q
-        blocks = blocks.clone()
-        rows = blocks.any(-1, keepdim=True)
-        index = own.view(1, 1, -1, 1).expand(*blocks.shape[:3], 1)
-        blocks.scatter_(3, index, blocks.gather(3, index) | ~rows)
-        return cls._from_rows(blocks, lengths_q, lengths_k, block_q, block_k, max_count)
+        shape, trusted = blocks.shape[:2], max_count is not None
+        lengths_q = _lengths("q", (*shape, num_q), block_q, tokens_q, lengths_q, blocks.device, trusted=trusted)
+        lengths_k = _lengths("k", (*shape, num_k), block_k, tokens_k, lengths_k, blocks.device, trusted=trusted)
+        return cls._from_rows(keep_some(blocks), lengths_q, lengths_k, block_q, block_k, max_count)
 
     @classmethod
     def _from_rows(
@@ -195,16 +192,29 @@ class BlockMask:
         """Return the same block map over shorter key blocks, as padded text needs it.
 
         Args:
-            lengths_k: ``(B or 1, H or 1, Nk)`` real keys in each block.
+            lengths_k: ``(Nk,)`` or ``(B or 1, H or 1, Nk)`` real keys in each block, in [0, block_k].
+
+        Raises:
+            ValueError: A shape or length does not fit the block map.
         """
-        lengths_k = lengths_k.to(device=self.device, dtype=torch.int32)
+        shape = (*self.indices.shape[:2], self.num_k)
+        return self.shortened(self.lengths_q, _lengths("k", shape, self.block_k, None, lengths_k, self.device))
+
+    def shortened(self, lengths_q: Tensor, lengths_k: Tensor) -> BlockMask:
+        """Return the same block map over shorter blocks. Lengths are trusted, so that nothing waits for a GPU.
+
+        Args:
+            lengths_q: ``(B or 1, H or 1, Nq)`` int32 real queries in each block, in [0, block_q].
+            lengths_k: ``(B or 1, H or 1, Nk)`` int32 real keys in each block, in [0, block_k].
+        """
         ragged, rank, every = listing_order(lengths_k, self.block_k)
         listed = listed_entries(self.counts, self.indices.shape[-1])
         # Sorted as they are listed, so that no map of all pairs is made.
         order = torch.where(listed, rank[self.indices], 2 * self.num_k).sort(-1).values
         full_counts = (order < self.num_k).sum(-1, dtype=torch.int32)
         full_counts = torch.where(self.counts == self.num_k, (~ragged).sum(dtype=torch.int32), full_counts)
-        return replace(self, indices=order % self.num_k, full_counts=full_counts, every=every, lengths_k=lengths_k)
+        lists = {"indices": order % self.num_k, "full_counts": full_counts, "every": every}
+        return replace(self, **lists, lengths_q=lengths_q, lengths_k=lengths_k)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """Return the mask on another device.
@@ -220,6 +230,22 @@ class BlockMask:
             f"BlockMask({self.num_q}x{self.num_k} blocks of {self.block_q}x{self.block_k}, "
             f"batch {self.indices.shape[0]}, heads {self.indices.shape[1]}, density {self.density:.3f})"
         )
+
+
+def keep_some(blocks: Tensor) -> Tensor:
+    """Add, to each query block without any key block, the one at its own relative position.
+
+    Args:
+        blocks: ``(..., Nq, Nk)`` bool.
+
+    Returns:
+        ``(..., Nq, Nk)`` bool; no row is empty.
+    """
+    num_q, num_k = blocks.shape[-2:]
+    own = torch.arange(num_q, device=blocks.device) * num_k // num_q
+    own = own[:, None].expand(*blocks.shape[:-1], 1)
+    empty = ~blocks.any(-1, keepdim=True)
+    return blocks.scatter(-1, own, blocks.gather(-1, own) | empty)
 
 
 def listing_order(lengths_k: Tensor, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,17 +276,35 @@ def listed_entries(counts: Tensor, width: int) -> Tensor:
 
 
 def _lengths(
-    side: str, num: int, block: int, tokens: int | None, lengths: Tensor | None, device: torch.device
+    side: str,
+    shape: tuple[int, int, int],
+    block: int,
+    tokens: int | None,
+    lengths: Tensor | None,
+    device: torch.device,
+    *,
+    trusted: bool = False,
 ) -> Tensor:
+    num = shape[-1]
     if lengths is not None:
         if tokens is not None:
             raise ValueError(f"give tokens_{side} or lengths_{side}, not both")
-        if lengths.shape[-1] != num or lengths.ndim not in (1, 3):
+        given = lengths[None, None] if lengths.ndim == 1 else lengths
+        alike = given.ndim == 3 and all(n == m or 1 in (n, m) for n, m in zip(given.shape[:2], shape[:2], strict=True))
+        if not alike or given.shape[2] != num:
             raise ValueError(
-                f"lengths_{side} must be (N,) or (B or 1, H or 1, N) with N = {num} blocks, got {tuple(lengths.shape)}"
+                f"lengths_{side} must be (N,) or (B or 1, H or 1, N) with N = {num} blocks, for a map of batch "
+                f"{shape[0]} and {shape[1]} heads, got {tuple(lengths.shape)}"
             )
-        lengths = lengths.to(device=device, dtype=torch.int32)
-        return lengths.view(1, 1, -1) if lengths.ndim == 1 else lengths
+        whole = given.to(device=device, dtype=torch.int32)
+        if not trusted:
+            wrong = given[(given < 0) | (given > block) | (given != whole.to(given.device))]
+            if len(wrong):
+                raise ValueError(
+                    f"lengths_{side} must be whole numbers in [0, {block}], the tokens of a block, "
+                    f"got {wrong[0].item()}"
+                )
+        return whole
     tokens = num * block if tokens is None else tokens
     if not (num - 1) * block < tokens <= num * block:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -13,13 +14,10 @@ from torch import Tensor
 from ..layout import TokenLayout
 from ..tokens import AttentionCall
 from .base import AttentionMethod, BlockMethod, Pattern
-from .state import Entry, MethodState, PatternCache
+from .state import MethodState, PatternCache
 
 MAX_MERGED = 1 << 20
 """Entries of a list of blocks up to which launches are merged: heads with longer lists fill a device by themselves."""
-
-MAX_LAYOUTS = 64
-"""Token orders that are told apart before all are forgotten."""
 
 Heads = tuple[int, ...]
 Group = tuple[int, Heads]
@@ -96,24 +94,14 @@ class SharedPatterns(PatternCache):
     """Keep what all layers share. The methods bound it, and none of them may be forgotten.
 
     Args:
-        layouts: Token orders that differ.
-        numbers: Which of them a layout is.
+        numbers: A number for each order of the tokens, by the layouts that have it. None is given twice, so that no
+            layout is taken for one that is gone.
+        unused: The numbers that are left.
     """
 
-    layouts: list[TokenLayout] = field(default_factory=list)
+    limit: int | None = None
     numbers: WeakKeyDictionary[TokenLayout, int] = field(default_factory=WeakKeyDictionary)
-
-    def static(self, key: Hashable, build: Callable[[], Entry]) -> Entry:
-        """Return what is stored under a key, building it at the first call.
-
-        Args:
-            key: Names the entry; everything that it depends on.
-            build: Makes the entry.
-        """
-        if key not in self.entries:
-            with torch.inference_mode(False):
-                self.entries[key] = build()
-        return self.entries[key]
+    unused: Iterator[int] = field(default_factory=count)
 
     def kind(self, pattern: Pattern) -> Hashable:
         """Return what patterns that one launch can compute have in common: the order, and the size of the blocks.
@@ -123,16 +111,14 @@ class SharedPatterns(PatternCache):
         """
         layout, mask = pattern.layout, pattern.mask
         if layout.index.shape[0] > 1:
-            return id(layout)
-        if layout not in self.numbers:
-            if len(self.layouts) == MAX_LAYOUTS:
-                self.layouts.clear()
-                self.numbers.clear()
-            same = (number for number, other in enumerate(self.layouts) if _same_order(layout, other))
-            self.numbers[layout] = number = next(same, len(self.layouts))
-            if number == len(self.layouts):
-                self.layouts.append(layout)
-        return self.numbers[layout], mask.block_q, mask.block_k
+            return layout
+        with self.lock:
+            if layout not in self.numbers:
+                one_of_each = {number: other for other, number in self.numbers.items()}
+                same = (number for number, other in one_of_each.items() if _same_order(layout, other))
+                number = next(same, None)
+                self.numbers[layout] = next(self.unused) if number is None else number
+            return self.numbers[layout], mask.block_q, mask.block_k
 
 
 @dataclass(eq=False)

@@ -111,7 +111,7 @@ class Profiled(BlockMethod):
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...]:
         video = call.tokens.video
         count = min(self.samples, call.tokens.grid.num_tokens)
-        rows = torch.linspace(video.start, video.stop - 1, count, device=q.device).round().long()
+        rows = torch.linspace(video.start, video.stop - 1, count, dtype=torch.float32, device=q.device).round().long()
         layouts = self._layouts(call, q.device, state)
         blocks = [self._draft(q, k, [layout] * q.shape[1], call).mask.to_dense() for layout in layouts]
         step = max(1, SCORES_AT_ONCE // (len(q) * count * k.shape[2]))

@@ -105,7 +105,7 @@ def radial_blocks(
     """
     frame = torch.arange(grid.frames, device=device)
     distance = (frame[:, None] - frame).abs()
-    octave = (1 << grid.frame_tokens.bit_length()) / 2.0 ** torch.frexp(distance.double()).exponent
+    octave = (1 << grid.frame_tokens.bit_length()) / 2.0 ** torch.frexp(distance.double()).exponent.double()
     every = (min_band / octave).floor().clamp(min=1).long()
     widths = (octave * decay).clamp(block_size, grid.frame_tokens).floor().long()
     widths = widths.masked_fill(distance % every != 0, -1)
@@ -155,7 +155,8 @@ def _ordered_blocks(grid: VideoGrid, widths: Tensor, block_size: int, order: Ten
     kept = []
     for tokens in order.split(max(1, COUNTS_AT_ONCE // grid.num_tokens) * block_size):
         row = torch.arange(len(tokens), device=order.device) // block_size
-        held = torch.zeros(math.ceil(len(tokens) / block_size), grid.num_tokens, device=order.device)
+        shape = math.ceil(len(tokens) / block_size), grid.num_tokens
+        held = torch.zeros(shape, dtype=torch.float32, device=order.device)
         held[row, tokens] = 1
         total = held.sum(1, keepdim=True)
         held = held.unflatten(1, (grid.frames, size))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import TokenLayout
+from ..mask import keep_some
 from ..tokens import TokenSpec
 from .kernels.means import means_of_blocks
 
@@ -85,7 +86,8 @@ def sample_tokens(lengths: Tensor, block: int, samples: int, *, heads: int, seed
 
     Source: Video-BLADE (arXiv 2508.10774), adaptive sparse attention; its code also draws padding.
     """
-    turn = torch.rand(heads, 1, block, generator=torch.Generator().manual_seed(seed), device="cpu").to(lengths.device)
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.rand(heads, 1, block, generator=generator, dtype=torch.float32, device="cpu").to(lengths.device)
     inside = torch.arange(block, device=lengths.device) < lengths[..., None]
     turn = turn.expand(inside.shape[0] if inside.ndim == 4 else 1, heads, inside.shape[-2], block)
     turn, place = turn.masked_fill(~inside, torch.inf).sort(dim=-1, stable=True)
@@ -279,6 +281,9 @@ def keep_first_frame(blocks: Tensor, layout: TokenLayout, tokens: TokenSpec) -> 
 def keep_text(video_blocks: Tensor, num_q: int, num_k: int) -> Tensor:
     """Extend a block map of the video by text blocks, which attend to all and are attended to by all.
 
+    Video that attends to no video gets the block at its own relative position: text alone, which may be padding, is
+    not enough.
+
     Args:
         video_blocks: ``(..., Mq, Mk)`` bool, the video part.
         num_q: Query blocks in all, at least ``Mq``.
@@ -288,4 +293,4 @@ def keep_text(video_blocks: Tensor, num_q: int, num_k: int) -> Tensor:
         ``(..., num_q, num_k)`` bool.
     """
     rows, columns = video_blocks.shape[-2:]
-    return F.pad(video_blocks, (0, num_k - columns, 0, num_q - rows), value=True)
+    return F.pad(keep_some(video_blocks), (0, num_k - columns, 0, num_q - rows), value=True)

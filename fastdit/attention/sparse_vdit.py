@@ -160,7 +160,7 @@ class Skip(AttentionMethod):
         Returns:
             ``(B, H, S, D)``, in the dtype of ``q``.
         """
-        state.kept = torch.zeros((), device=q.device)
+        state.kept = torch.zeros((), dtype=torch.float32, device=q.device)
         return torch.zeros_like(q)
 
 

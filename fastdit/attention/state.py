@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,21 +23,26 @@ from .kernels import low_precision_reason
 if TYPE_CHECKING:
     from .base import AttentionMethod, Pattern
 
-MAX_STATIC_ENTRIES = 32
-
 Entry = TypeVar("Entry")
 
 
 @dataclass
 class PatternCache:
-    """Keep what depends on nothing but the make-up of the tokens, such as static patterns: the latest 32 of them.
+    """Keep what depends on nothing but the make-up of the tokens, such as static patterns.
+
+    Threads may share it: what is missing is built by one of them while the others wait. A copy of it starts empty.
 
     Args:
+        limit: How many entries are kept, the latest ones, at least 1; ``None``: all of them.
+        lock: Held while something is looked up or built, which may ask for something else. Caches that are in each
+            other share one.
         entries: What is kept, by key, the latest last.
-        shortened: Masks without padded keys, by the mask that has them and the padding, ``(B, S)`` bool, for as long
-            as both live. Guidance passes have paddings of their own.
+        shortened: Masks without padding, by the mask that has it and the padding, ``(B, S)`` bool, for as long as both
+            live. Guidance passes have paddings of their own.
     """
 
+    limit: int | None = 32
+    lock: AbstractContextManager[Any] = field(default_factory=RLock, repr=False, compare=False)
     entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
     shortened: WeakKeyDictionary[BlockMask, WeakIdKeyDictionary] = field(default_factory=WeakKeyDictionary)
 
@@ -46,31 +53,41 @@ class PatternCache:
             key: Names the entry; everything that it depends on.
             build: Makes the entry.
         """
-        if key not in self.entries:
-            with torch.inference_mode(False):  # later calls may want gradients
-                self.entries[key] = build()
-            while len(self.entries) > MAX_STATIC_ENTRIES:
-                self.entries.popitem(last=False)
-        self.entries.move_to_end(key)
-        return self.entries[key]
+        with self.lock:
+            if key not in self.entries:
+                with torch.inference_mode(False):  # later calls may want gradients
+                    self.entries[key] = build()
+                while self.limit is not None and len(self.entries) > self.limit:
+                    self.entries.popitem(last=False)
+            self.entries.move_to_end(key)
+            return self.entries[key]
 
     def without_padding(self, pattern: Pattern, padding: Tensor) -> BlockMask:
-        """Return a pattern's mask with padded keys taken out, computed once for each mask and padding.
+        """Return a pattern's mask with padding taken out, computed once for each mask and padding.
+
+        Padded keys are not attended to, and padded queries do not count.
 
         Args:
             pattern: The pattern.
-            padding: ``(B, S)`` bool, True where a key is padding; as long as it stays the same, the same tensor object.
+            padding: ``(B, S)`` bool, True where a token is padding; as long as it stays the same, the same tensor
+                object.
         """
-        known = self.shortened.setdefault(pattern.mask, WeakIdKeyDictionary())
-        if padding not in known:
-            lengths = pattern.layout.lengths_without(padding, pattern.mask.block_k)
-            known[padding] = pattern.mask.with_lengths_k(lengths)
-        return known[padding]
+        with self.lock:
+            known = self.shortened.setdefault(pattern.mask, WeakIdKeyDictionary())
+            if padding not in known:
+                mask, lengths = pattern.mask, pattern.layout.lengths_without
+                with torch.inference_mode(False):
+                    known[padding] = mask.shortened(lengths(padding, mask.block_q), lengths(padding, mask.block_k))
+            return known[padding]
 
     def clear(self) -> None:
         """Forget everything."""
-        self.entries.clear()
-        self.shortened.clear()
+        with self.lock:
+            self.entries.clear()
+            self.shortened.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,)  # a lock cannot be copied, and what is kept can be built again
 
 
 @dataclass

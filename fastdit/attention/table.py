@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..schedule import check_edges, step_bucket
-from ..tokens import AttentionCall, TokenSpec
+from ..tokens import AttentionCall
 from .base import AttentionMethod, Pattern
 from .launches import Group, HeadGroups, Heads, SharedPatterns, merge_heads
-from .state import MethodState
+from .state import MethodState, PatternCache
 
 MAX_SIZES = 2
 """Sizes of video whose patterns are kept: those of all layers together are large."""
@@ -173,7 +173,7 @@ class Table(AttentionMethod):
             state.kept = launches[0].state.kept
             return out
         out = torch.zeros_like(q) if sum(len(launch.heads) for launch in launches) < heads else torch.empty_like(q)
-        kept: Tensor | None = torch.zeros((), device=q.device)
+        kept: Tensor | None = torch.zeros((), dtype=torch.float32, device=q.device)
         for launch in launches:
             own = state.measure("order", q.device, lambda launch=launch: [launch.select(x) for x in (q, k, v)])
             part = launch.run(own[0], own[1], own[2], call)
@@ -187,12 +187,9 @@ class Table(AttentionMethod):
         return HeadGroups(self.methods, q, k, call, state, self._shared(q, call, state))
 
     def _shared(self, q: Tensor, call: AttentionCall, state: MethodState) -> SharedPatterns:
-        known: OrderedDict[TokenSpec, SharedPatterns] = state.cache.static((self, q.device), OrderedDict)
-        if call.tokens not in known:
-            known[call.tokens] = SharedPatterns()
-            if len(known) > MAX_SIZES:
-                known.popitem(last=False)
-        return known[call.tokens]
+        lock = state.cache.lock
+        sizes = state.cache.static((self, q.device), lambda: PatternCache(limit=MAX_SIZES, lock=lock))
+        return sizes.static(call.tokens, lambda: SharedPatterns(lock=lock))
 
 
 def method_label(method: AttentionMethod) -> str:

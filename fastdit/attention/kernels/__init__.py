@@ -151,6 +151,35 @@ def low_precision_reason(
     return _reason(otherwise, q, k, v, mask, options)
 
 
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    kernel: str | None = None,
+    precision: str | None = None,
+) -> None:
+    """Check what a call brings with it, before blocks are chosen.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        k: ``(B, H, Sk, D)`` keys.
+        v: ``(B, H, Sk, D)`` values.
+        scale: The softmax scale asked for, or ``None``.
+        kernel: The kernel asked for, or ``None``.
+        precision: The precision asked for, or ``None``.
+
+    Raises:
+        ValueError: Shapes or devices do not fit each other, the scale is not finite, or there is no such kernel or
+            precision.
+        TypeError: Dtypes differ or are not floating point.
+    """
+    check_tensors(q, k, v)
+    Options(1.0 if scale is None else scale, None, precision)
+    _check_name(kernel)
+
+
 def list_kernels() -> tuple[str, ...]:
     """List the names of all kernels: those chosen automatically, best first, then those only run on request."""
     return _AUTOMATIC + _ON_REQUEST
@@ -209,22 +238,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor
         ValueError: Shapes, devices or the mask do not fit each other.
         TypeError: Dtypes differ or are not floating point.
     """
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must be (B, H, S, D), got {shapes}")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in S, got {shapes}")
-    if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"q, k and v must not be empty, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
-    if not q.is_floating_point():
-        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
-    if not q.device == k.device == v.device == mask.device:
-        raise ValueError(
-            "q, k, v and mask must be on one device, got "
-            f"{q.device}, {k.device}, {v.device}, {mask.device}; see mask.to(device)"
-        )
+    check_tensors(q, k, v)
+    if q.device != mask.device:
+        raise ValueError(f"the mask must be where q is, on {q.device}, got {mask.device}; see mask.to(device)")
     tokens_q, tokens_k = q.shape[2], k.shape[2]
     if index is not None:
         _check_index_shape(index, q, k)
@@ -238,10 +254,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor
                 f"the mask has {num} blocks of {block} {side}, which is {(num - 1) * block + 1} to {num * block} "
                 f"{side}, got {tokens}; build the mask for the padded sequence"
             )
-    for name, tensor in (("indices", mask.indices), ("lengths_k", mask.lengths_k)):
-        if tensor.shape[0] not in (1, q.shape[0]) or tensor.shape[1] not in (1, q.shape[1]):
+    for name in ("indices", "lengths_q", "lengths_k"):
+        batch, heads = getattr(mask, name).shape[:2]
+        if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
             raise ValueError(
-                f"mask.{name} is for batch {tensor.shape[0]} and {tensor.shape[1]} heads; "
+                f"mask.{name} is for batch {batch} and {heads} heads; "
                 f"batch must be 1 or {q.shape[0]}, heads 1 or {q.shape[1]}"
             )
     tail = tokens_k - (mask.num_k - 1) * mask.block_k
@@ -251,6 +268,33 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor
             f"the last key block of the mask holds {int(mask.lengths_k[..., -1].max())} keys, but k ends after "
             f"{tail} of it; build the mask with tokens_k={tokens_k}"
         )
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check that queries, keys and values fit each other.
+
+    Args:
+        q: ``(B, H, Sq, D)`` queries.
+        k: ``(B, H, Sk, D)`` keys.
+        v: ``(B, H, Sk, D)`` values.
+
+    Raises:
+        ValueError: Shapes or devices do not fit each other.
+        TypeError: Dtypes differ or are not floating point.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be (B, H, S, D), got {shapes}")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in S, got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q, k and v must not be empty, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
+    if not q.is_floating_point():
+        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
 def _check_index_shape(index: Tensor, q: Tensor, k: Tensor) -> None:
@@ -266,10 +310,14 @@ def _check_index_shape(index: Tensor, q: Tensor, k: Tensor) -> None:
         )
 
 
+def _check_name(kernel: str | None) -> None:
+    if kernel not in (None, *list_kernels()):
+        raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
+
+
 def _choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options, kernel: str | None) -> str:
+    _check_name(kernel)
     if kernel is not None:
-        if kernel not in list_kernels():
-            raise ValueError(f"unknown kernel {kernel!r}; kernels are: {', '.join(list_kernels())}")
         reason = _reason(kernel, q, k, v, mask, options)
         if reason is not None:
             raise RuntimeError(f"kernel {kernel!r} cannot run: {reason}")

@@ -25,9 +25,13 @@ def check_lists(mask: BlockMask) -> None:
         mask: The blocks, of any device.
 
     Raises:
-        ValueError: A row counts more than it lists, or lists a block that is not there, not in its order, or as full
-            though it holds padding.
+        ValueError: A length is more than a block, a row counts more than it lists, or lists a block that is not there,
+            not in its order, or as full though it holds padding.
     """
+    for name, lengths, block in (("q", mask.lengths_q, mask.block_q), ("k", mask.lengths_k, mask.block_k)):
+        wrong = lengths[(lengths < 0) | (lengths > block)]
+        if len(wrong):
+            raise ValueError(f"mask.lengths_{name} must be in [0, {block}], the tokens of a block, got {int(wrong[0])}")
     num_k, stored = mask.num_k, mask.indices.shape[-1]
     counts, full = mask.counts, mask.full_counts
     whole = counts == num_k

@@ -58,12 +58,16 @@ def _lists_kernel(
 
     count = 0
     full_count = 0
+    mapped_count = 0
     for start in tl.range(0, num_k, TILE):
-        listed, ragged = _chosen(map_row, ragged_ptr, start + some, row < map_q, stride_mk, map_k, num_k)
+        columns = start + some
+        listed, ragged = _chosen(map_row, ragged_ptr, columns, row < map_q, stride_mk, map_k, num_k)
         count += tl.sum(listed.to(tl.int32), 0)
+        mapped_count += tl.sum((listed & (columns < map_k)).to(tl.int32), 0)
         full_count += tl.sum((listed & ~ragged).to(tl.int32), 0)
-    own = (row.to(tl.int64) * num_k // num_q).to(tl.int32)
-    empty = count == 0
+    # A row of the map that lists none of it gets the block at its own place: text alone is not enough.
+    own = (row.to(tl.int64) * map_k // map_q).to(tl.int32)
+    empty = (mapped_count == 0) & (row < map_q)
     if empty:
         count += 1
         full_count += (tl.load(ragged_ptr + own) == 0).to(tl.int32)
@@ -92,7 +96,7 @@ def triton_lists(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """List the key blocks of each row, full ones first, each part ascending.
 
-    A row without any key block gets the one at its own relative position.
+    A row of the map without any key block in it gets the one at its own relative position.
 
     Args:
         blocks: ``(B, H, Mq, Mk)`` bool, any strides, which blocks are computed; where it ends, all are.
