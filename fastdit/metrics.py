@@ -57,7 +57,7 @@ def recall(
     kept_keys = blocks.repeat_interleave(block_k, -1)[..., : k.shape[2]]
     real_keys = _real(lengths_k, block_k, k)
     real_queries = _real(lengths_q, block_q, q)
-    mass = torch.zeros(batch, heads, device=q.device)
+    mass = torch.zeros(batch, heads, dtype=torch.float32, device=q.device)
     for i, start in enumerate(range(0, num_queries, block_q)):
         rows = slice(start, start + block_q)
         scores = (q[:, :, rows].float() @ k.transpose(-1, -2)) * scale

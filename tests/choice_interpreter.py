@@ -66,7 +66,7 @@ def test_masks(text, max_count):
     """The mask of a choice is the one made without Triton, with rows that keep all and rows that keep few."""
     layout, _ = layout_of(1, text)
     video, num = layout.video_blocks, layout.num_blocks
-    blocks = torch.rand(2, 3, video, video).argsort(-1) < torch.tensor([1, 4, video])[torch.arange(video) % 3, None]
+    blocks = torch.rand(2, 3, video, video).argsort(-1) < torch.tensor([1, 4, video, 0])[torch.arange(video) % 4, None]
     found = triton_mask(blocks, 16, layout.lengths()[None], max_count=max_count + num - video)
     expected = BlockMask.from_dense(
         keep_text(blocks, num, num), block_q=16, block_k=16, lengths_q=found.lengths_q, lengths_k=found.lengths_k

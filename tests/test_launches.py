@@ -1,5 +1,6 @@
 """A table runs in few launches, copies no more than it has to, and builds nothing twice."""
 
+import gc
 from collections import Counter
 from dataclasses import dataclass
 
@@ -148,7 +149,7 @@ def test_patterns_of_a_few_sizes_are_kept():
     assert BUILT == {("stripes", 3): 4}  # the first size again, after two others
 
 
-def test_orders_are_the_same_by_content(monkeypatch):
+def test_orders_are_the_same_by_content():
     spec = TokenSpec(VideoGrid(3, 4, 5), 3)
 
     def pattern(order, heads=1, block=16):
@@ -158,10 +159,27 @@ def test_orders_are_the_same_by_content(monkeypatch):
     shared = launches.SharedPatterns()
     assert shared.kind(pattern("raster")) == shared.kind(pattern("fhw"))
     kinds = [pattern("raster"), pattern("hwf"), pattern("raster", block=32), pattern("raster", 2), pattern("raster", 2)]
-    assert len({shared.kind(kind) for kind in kinds}) == len(kinds) and len(shared.layouts) == 3
-    monkeypatch.setattr(launches, "MAX_LAYOUTS", 3)
+    assert len({shared.kind(kind) for kind in kinds}) == len(kinds)
+    gone = shared.kind(pattern("curve"))
+    gc.collect()
+    assert len(shared.numbers) == 3  # orders of all heads, as long as somebody has them
     assert shared.kind(kinds[0]) == shared.kind(pattern("raster"))
-    assert shared.kind(pattern("curve")) != shared.kind(kinds[0]) and len(shared.layouts) == 2
+    assert gone not in {shared.kind(pattern(order)) for order in ("curve", "token", "tile", "whf")}
+
+
+def test_any_number_of_orders():
+    """Each of many heads runs in an order of its own, and heads of one order run together."""
+    spec = TokenSpec(VideoGrid(4, 5, 6))
+    tiles = [(f, h, w) for f in (1, 2, 3) for h in range(1, 6) for w in range(1, 7)]
+    orders = {tuple(token_order(spec.grid, "tile", tile).tolist()): tile for tile in tiles}
+    methods = [get_method("diagonal", order="tile", tile=t, density=0.3, block_size=16) for t in orders.values()][:68]
+    assert len(methods) == 68
+    row = (*range(68), 3, 2, 1)
+    q, k, v = qkv(spec, heads=len(row))
+    method, call, state = table(row, methods=tuple(methods)), AttentionCall(spec), MethodState()
+    expected = [methods[i].forward(*(x[:, [h]] for x in (q, k, v)), call, MethodState()) for h, i in enumerate(row)]
+    torch.testing.assert_close(method.forward(q, k, v, call, state), torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+    assert len(method._heads(q, k, call, state).launches(method.groups(call, len(row)))) == 68
 
 
 def test_too_long_lists_are_not_merged(monkeypatch):

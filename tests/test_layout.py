@@ -1,4 +1,5 @@
 import itertools
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -156,6 +157,28 @@ def test_the_first_frame_has_tiles_of_its_own():
     assert [box for _, box in tile_parts(VideoGrid(3, 8, 8), (2, 3, 5))] == [(1, 3, 10), (2, 3, 5)]
     assert tile_parts(VideoGrid(1, 8, 8), (4, 2, 2)) == [(VideoGrid(1, 8, 8), (1, 4, 4))]
     assert tile_parts(VideoGrid(5, 8, 8), (1, 4, 4)) == [(VideoGrid(5, 8, 8), (1, 4, 4))]
+
+
+@pytest.mark.parametrize("huge", [10**15, 10**20, 2**61 - 1])
+def test_tiles_larger_than_the_video(huge):
+    """They cost nothing, and are those of the video's own size."""
+    grid, start = VideoGrid(3, 4, 5), time.monotonic()
+    for tile in itertools.product((1, huge), (1, huge), (1, huge)):
+        fitting = tuple(min(n, size) for n, size in zip(tile, (60, 4, 5), strict=True))
+        for found, expected in zip(tile_order(grid, tile), tile_order(grid, fitting), strict=True):
+            assert torch.equal(found, expected)
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("block", [16, 60], ids=["padded", "as it is"])
+def test_other_lengths_are_refused(block):
+    layout = TokenLayout.build(TokenSpec(VideoGrid(3, 4, 5)), block=block, segments=torch.tensor([30, 30] if block == 16 else [60]))
+    assert layout.identity == (block == 60)
+    for shape in ((1, 2, 59, 4), (1, 2, 77, 4), (2, 60, 4)):
+        with pytest.raises(ValueError, match=r"takes \(B, H, 60, D\), got "):
+            layout.apply(torch.zeros(shape))
+        with pytest.raises(ValueError, match=rf"takes \(B, H, {layout.padded_tokens}, D\), got "):
+            layout.undo(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit.mask import BlockMask
+from fastdit.mask import BlockMask, keep_some
 
 SHAPES = [(1, 1, 1, 1), (1, 1, 3, 5), (1, 3, 4, 4), (2, 1, 5, 3), (2, 3, 7, 6)]
 
@@ -134,6 +134,47 @@ def test_max_count_bounds_the_lists():
 def test_bad_masks(blocks, sizes, error, message):
     with pytest.raises(error, match=message):
         BlockMask.from_dense(blocks, **{"block_q": 8, "block_k": 8, **sizes})
+
+
+@pytest.mark.parametrize("lengths", [[-1, 8], [9, 8], [4.5, 8.0], [float("nan"), 8.0]], ids=str)
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_lengths_beyond_a_block_are_refused(side, lengths):
+    blocks, sizes = torch.ones(2, 2, dtype=torch.bool), {"block_q": 8, "block_k": 8}
+    message = rf"lengths_{side} must be whole numbers in \[0, 8\]"
+    with pytest.raises(ValueError, match=message):
+        BlockMask.from_dense(blocks, **sizes, **{f"lengths_{side}": torch.tensor(lengths)})
+    if side == "k":
+        with pytest.raises(ValueError, match=message):
+            BlockMask.from_dense(blocks, **sizes).with_lengths_k(torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (3, 1, 2), (1, 4, 2)], ids=str)
+def test_lengths_of_another_shape_are_refused(shape):
+    blocks = torch.ones(2, 3, 2, 2, dtype=torch.bool)
+    for side in "qk":
+        with pytest.raises(ValueError, match=rf"lengths_{side} must be .* batch 2 and 3 heads"):
+            BlockMask.from_dense(blocks, block_q=8, block_k=8, **{f"lengths_{side}": torch.ones(shape)})
+    with pytest.raises(ValueError, match="lengths_k must be"):
+        BlockMask.from_dense(blocks, block_q=8, block_k=8).with_lengths_k(torch.ones(shape))
+
+
+def test_shorter_blocks_on_both_sides():
+    blocks = torch.tensor([[True, False], [True, True]])
+    mask = BlockMask.from_dense(blocks, block_q=4, block_k=4)
+    shorter = mask.shortened(torch.tensor([[[4, 1]]]), torch.tensor([[[2, 4]], [[4, 0]]], dtype=torch.int32))
+    assert torch.equal(shorter.to_dense()[0, 0], blocks)
+    # of 5 queries 4 see the first keys and one sees all: 2 of 6 keys in the first sample, all 4 in the second
+    assert shorter.kept_by_head.flatten().tolist() == pytest.approx([(4 * 2 + 6) / 30, 1])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (4, 9), (2, 3, 9, 4)], ids=str)
+def test_only_empty_rows_get_a_block(shape):
+    blocks = torch.rand(shape) < 0.2
+    kept = keep_some(blocks)
+    empty = ~blocks.any(-1)
+    assert torch.equal(kept[~empty], blocks[~empty]) and (kept[empty].sum(-1) == 1).all()
+    own = torch.arange(shape[-2]) * shape[-1] // shape[-2]
+    assert kept.gather(-1, own.view(-1, 1).expand(*shape[:-1], 1))[..., 0][empty].all()
 
 
 def test_derived_data_stays_with_its_own_mask():

@@ -120,6 +120,25 @@ def test_text_is_dense_and_every_query_attends(attending, text):
     assert int(pattern.mask.lengths_q.sum()) == call.tokens.num_tokens
 
 
+@pytest.mark.parametrize("real", [0, 5, 21])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_video_attends_to_video_at_any_density(attending, text_first, real):
+    """Text alone, which may be padding, is not enough: each query of the video gets a block of the video."""
+    spec = TokenSpec(VideoGrid(4, 9, 11), 21, text_first)
+    q, k, v = qkv(spec, batch=2)
+    q[:, :, spec.video.start + 50 :] *= 1e-3  # maps that are kept as a whole have rows that matter little
+    padding = torch.zeros(2, spec.num_tokens, dtype=torch.bool)
+    padding[:, spec.text.start + real : spec.text.stop] = True
+    call = AttentionCall(spec, key_padding=padding)
+    has_density = "density" in {f.name for f in dataclasses.fields(method_class(attending))}
+    method = small(attending, q, k, call, **({"density": 1e-3} if has_density or attending == "paro" else {}))
+    pattern, state = chosen(method, q, k, call)
+    video = pattern.layout.video_blocks
+    mask = state.mask(pattern, call)
+    assert (mask.to_dense()[..., :video, :video] & (mask.lengths_k[..., None, :video] > 0)).any(-1).all()
+    assert (method.forward(q, k, v, call, state).abs().amax(-1) > 0).all()
+
+
 @pytest.mark.parametrize("text_first", [True, False])
 def test_padded_text_is_never_attended_to(name, text_first):
     spec = TokenSpec(VideoGrid(3, 9, 11), 21, text_first)

@@ -30,6 +30,20 @@ def test_block_map_equals_the_released_mask(case):
     assert hashlib.sha256(np.packbits(blocks.numpy().ravel()).tobytes()).hexdigest() == case["sha256"]
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("order", [None, "tile"])
+def test_bands_do_not_depend_on_the_default_dtype(default, order):
+    grid = VideoGrid(6, 30, 41)
+    order = None if order is None else token_order(grid, order)
+    how = {"decay": 0.8, "block_size": 64, "sink": True, "order": order}
+    expected = radial_blocks(grid, **how)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(radial_blocks(grid, **how), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def eager_blocks(grid, decay, block, sink):
     """Token by token, from the note of the released rule: a Python loop over frame pairs and block parts."""
     s, power = grid.frame_tokens, 2 ** grid.frame_tokens.bit_length()
@@ -137,8 +151,7 @@ def test_the_order_is_that_of_the_layout(text):
         assert torch.equal(pattern.layout.index[0, : spec.grid.num_tokens] - spec.video.start, tokens)
         rule = {"decay": 0.1, "block_size": 16, "sink": True, "min_band": 64}
         expected = radial_blocks(spec.grid, order=None if order in ("raster", "fhw") else tokens, **rule)
-        if not spec.text_tokens:
-            expected |= torch.eye(len(expected), dtype=torch.bool) & ~expected.any(-1, keepdim=True)
+        expected |= torch.eye(len(expected), dtype=torch.bool) & ~expected.any(-1, keepdim=True)
         maps[order] = pattern.mask.to_dense()[0, 0, : len(expected), : len(expected)]
         assert torch.equal(maps[order], expected)
     assert torch.equal(maps["raster"], maps["fhw"])

@@ -12,6 +12,7 @@ from fastdit.attention.select import (
     by_heads,
     keep_first_frame,
     keep_own,
+    keep_text,
     keep_top_fraction,
     keep_top_k,
     keep_top_p,
@@ -243,6 +244,26 @@ class Sizes(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() >= self.blocks**2:
                 self.seen.append(x.numel())
         return out
+
+
+@pytest.mark.parametrize(("rows", "columns", "more"), [(4, 4, 0), (4, 4, 2), (3, 7, 1)])
+def test_text_does_not_hide_rows_without_video(rows, columns, more):
+    blocks = torch.rand(2, 1, rows, columns) < torch.tensor([0, 0.5, 0, 1])[:rows, None]
+    kept = keep_text(blocks, rows + more, columns + more)
+    assert kept[..., rows:, :].all() and kept[..., columns:].all()
+    video, empty = kept[..., :rows, :columns], ~blocks.any(-1)
+    assert torch.equal(video[~empty], blocks[~empty])
+    assert (video[empty].sum(-1) == 1).all() and video[:, :, 0, 0].all()
+
+
+def test_tokens_are_drawn_alike_in_any_default_dtype():
+    lengths = torch.tensor([16, 3, 0, 9])
+    expected = sample_tokens(lengths, 16, 5, heads=3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(sample_tokens(lengths, 16, 5, heads=3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_scores_of_all_heads_never_exist_at_once(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -84,7 +85,8 @@ def calibrate(
     chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # of those equal up to rounding the first
 
     lengths = layouts[0].block_lengths[0, : layouts[0].video_blocks].long().cpu()
-    sums = torch.zeros(len(edges), *chosen.shape, len(lengths), len(lengths))
+    shape = (len(edges), *chosen.shape, len(lengths), len(lengths))
+    sums = torch.zeros(shape, dtype=torch.float32, device="cpu")
     for q, k, call in samples:
         into = sums[step_bucket(edges, call.step, call.num_steps), call.layer]
         for place in chosen[call.layer].unique().tolist():
@@ -175,7 +177,7 @@ def keep_largest(sums: Tensor, pairs: Tensor, budget: float) -> Tensor:
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     held = pairs.flatten()[order]
     before = held.cumsum(-1) - held
-    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order, before < budget)
+    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order, before < math.ceil(budget))
     return kept.view(sums.shape) | own
 
 

@@ -115,7 +115,7 @@ def sampled_scores(q: Tensor, k: Tensor, tokens: Tensor, lengths: Tensor, *, sca
     batch, heads, _, dim = q.shape
     index = tokens.clamp(min=0).flatten(2)[..., None].expand(batch, heads, -1, dim)
     real = tokens >= 0
-    sizes = (lengths[..., None] / real.sum(-1, keepdim=True).clamp(min=1)).where(real, 0)
+    sizes = (lengths[..., None].float() / real.sum(-1, keepdim=True).clamp(min=1)).where(real, 0)
     return mass_of_points(q.gather(2, index), k.gather(2, index), sizes, scale=scale)
 
 

@@ -84,7 +84,7 @@ def head_grams(linear: Module, like: Tensor) -> Tensor:
         like: ``(B, H, S, D)``, for sizes, dtype and device.
     """
     heads, dim = like.shape[1], like.shape[3]
-    grams = torch.empty(heads, dim, dim, device=like.device)
+    grams = torch.empty(heads, dim, dim, dtype=torch.float32, device=like.device)
     for head in range(heads):
         # large against the bias, whose rounding would show otherwise
         unit = torch.eye(dim, device=like.device, dtype=like.dtype) * _EYE
@@ -100,7 +100,7 @@ def projected_energy(linear: Module, x: Tensor) -> Tensor:
         linear: The projection; its first ``H * D`` inputs are the heads.
         x: ``(B, H, S, D)``.
     """
-    total = torch.zeros((), device=x.device)
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
     for part in x.split(_TOKENS, dim=2):
         total += _project(linear, part.transpose(1, 2).flatten(2)).float().square().sum()
     return total
@@ -118,7 +118,7 @@ def sampled_recall(q: Tensor, k: Tensor, pattern: Pattern, call: AttentionCall, 
     """
     mask, inverse = pattern.mask, pattern.layout.inverse
     sample = _sample(call, rows, q.device)
-    recall = torch.empty(q.shape[1], device=q.device)
+    recall = torch.empty(q.shape[1], dtype=torch.float32, device=q.device)
     for head in range(len(recall)):
         position = inverse[head if len(inverse) > 1 else 0]
         blocks = _listed(pattern, head, position[sample] // mask.block_q)
@@ -144,7 +144,7 @@ def frame_mass(q: Tensor, k: Tensor, call: AttentionCall, rows: int = RECALL_ROW
     sample = _sample(call, rows, q.device)
     frame = (sample - video.start) // grid.frame_tokens
     apart = (frame[:, None] - torch.arange(grid.frames, device=q.device)).abs()
-    mass = torch.zeros(q.shape[1], grid.frames, device=q.device)
+    mass = torch.zeros(q.shape[1], grid.frames, dtype=torch.float32, device=q.device)
     for head in range(len(mass)):
         by_frame = _attention(q, k, head, sample, call)[:, :, video].unflatten(-1, (grid.frames, -1)).sum(-1).mean(0)
         mass[head].index_add_(0, apart.flatten(), by_frame.flatten() / len(sample))
@@ -233,7 +233,7 @@ def _listed(pattern: Pattern, head: int, query_blocks: Tensor) -> Tensor:
 
 
 def _grams(x: Tensor, minus: Tensor | None = None) -> Tensor:
-    grams = torch.empty(x.shape[1], x.shape[3], x.shape[3], device=x.device)
+    grams = torch.empty(x.shape[1], x.shape[3], x.shape[3], dtype=torch.float32, device=x.device)
     for head in range(x.shape[1]):
         rows = x[:, head].float() if minus is None else x[:, head].float() - minus[:, head].float()
         rows = rows.flatten(0, 1)

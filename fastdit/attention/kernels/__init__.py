@@ -238,9 +238,12 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor
         ValueError: Shapes, devices or the mask do not fit each other.
         TypeError: Dtypes differ or are not floating point.
     """
+    if not q.device == k.device == v.device == mask.device:
+        raise ValueError(
+            "q, k, v and mask must be on one device, got "
+            f"{q.device}, {k.device}, {v.device}, {mask.device}; see mask.to(device)"
+        )
     check_tensors(q, k, v)
-    if q.device != mask.device:
-        raise ValueError(f"the mask must be where q is, on {q.device}, got {mask.device}; see mask.to(device)")
     tokens_q, tokens_k = q.shape[2], k.shape[2]
     if index is not None:
         _check_index_shape(index, q, k)
