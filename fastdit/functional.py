@@ -66,12 +66,11 @@ def sparse_attention_call(
             raise ValueError(f"{name}={given!r} was given with a state whose {name} is {known!r}; give it to one alone")
     order = None
     if key_padding is not None:
-        _check_padding(key_padding, q)
-        if not method.stock:  # which asks nothing of the order
-            order = _real_text_first(key_padding, tokens)
-    if order is not None:
-        key_padding = key_padding.gather(1, order)
-        q, k, v = (_in_order(x, order) for x in (q, k, v))
+        _check_padding(key_padding, q, None if method.stock else tokens)
+        order = None if method.stock else _real_text_first(key_padding, tokens)
+        if order is not None:
+            key_padding = key_padding.gather(1, order)
+            q, k, v = (_in_order(x, order) for x in (q, k, v))
     call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
     with torch.autocast(q.device.type, enabled=False):  # blocks are chosen, and sums made, in the precision they need
         out = method.forward(q, k, v, call, state)
@@ -129,28 +128,27 @@ def _check_lengths(tokens: TokenSpec, q: Tensor, k: Tensor) -> None:
     if not tokens.num_tokens == q.shape[2] == k.shape[2]:
         raise ValueError(
             f"a grid of {tokens.grid} and {tokens.text_tokens} text tokens make {tokens.num_tokens} tokens, "
-            f"but q has {q.shape[2]} and k has {k.shape[2]}; this is for self-attention, in which all of them are in q, "
-            "k and v"
+            f"but q has {q.shape[2]} and k has {k.shape[2]}; this is for self-attention, where q and k hold all tokens"
         )
 
 
-def _check_padding(padding: Tensor, q: Tensor) -> None:
+def _check_padding(padding: Tensor, q: Tensor, tokens: TokenSpec | None) -> None:
     shape = (q.shape[0], q.shape[2])
     if padding.dtype != torch.bool or tuple(padding.shape) != shape or padding.device != q.device:
         raise ValueError(
             f"key_padding must be {shape} bool on {q.device}, True where a key is padding, got {tuple(padding.shape)} "
             f"{padding.dtype} on {padding.device}"
         )
+    video = padding[:, :0] if tokens is None else padding[:, tokens.video]  # dense attention takes padding anywhere
+    if bool(video.any()):
+        raise ValueError(
+            f"key_padding marks {video.sum(1).tolist()} video tokens of the samples as padding, but only text may be "
+            "padded; give videos of one size, or each sample in a call of its own"
+        )
 
 
 def _real_text_first(padding: Tensor, tokens: TokenSpec) -> Tensor | None:
     """Order tokens so that in each sample real text comes before padding: ``(B, S)`` int64, ``None`` if it does."""
-    video = padding[:, tokens.video].sum(1)
-    if bool(video.any()):
-        raise ValueError(
-            f"key_padding marks {video.tolist()} video tokens of the samples as padding, but only text may be padded; "
-            "give videos of one size, or each sample in a call of its own"
-        )
     text = padding[:, tokens.text]
     if not bool((text[:, :-1] & ~text[:, 1:]).any()):
         return None

@@ -105,14 +105,15 @@ def test_padding_may_be_anywhere_in_the_text(name, text_first):
 
 @pytest.mark.parametrize("name", WITHOUT_PLAN)
 def test_order_of_the_text_does_not_matter(name):
-    """Sparse attention with padding in front of the text is that with padding after it, for the tokens that are real."""
+    """Real tokens get the same whether padding comes in front of the text or after it."""
     spec = TokenSpec(VideoGrid(*GRID), 21)
     q, k, v = torch.randn(3, 1, 3, spec.num_tokens, 16)
     padding = torch.arange(spec.num_tokens)[None] >= VIDEO + 13
     turned = torch.cat([torch.arange(VIDEO), torch.arange(VIDEO, spec.num_tokens).roll(8)])
     given = {"grid": GRID, "text_tokens": 21, "method": small(name, q, k, AttentionCall(spec))}
     expected = fastdit.sparse_attention_call(q, k, v, **given, key_padding=padding)
-    found = fastdit.sparse_attention_call(*(x[:, :, turned] for x in (q, k, v)), **given, key_padding=padding[:, turned])
+    q, k, v = (x[:, :, turned] for x in (q, k, v))
+    found = fastdit.sparse_attention_call(q, k, v, **given, key_padding=padding[:, turned])
     torch.testing.assert_close(found, expected[:, :, turned], rtol=1e-4, atol=1e-5)
 
 

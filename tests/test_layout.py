@@ -172,7 +172,8 @@ def test_tiles_larger_than_the_video(huge):
 
 @pytest.mark.parametrize("block", [16, 60], ids=["padded", "as it is"])
 def test_other_lengths_are_refused(block):
-    layout = TokenLayout.build(TokenSpec(VideoGrid(3, 4, 5)), block=block, segments=torch.tensor([30, 30] if block == 16 else [60]))
+    segments = torch.tensor([30, 30] if block == 16 else [60])
+    layout = TokenLayout.build(TokenSpec(VideoGrid(3, 4, 5)), block=block, segments=segments)
     assert layout.identity == (block == 60)
     for shape in ((1, 2, 59, 4), (1, 2, 77, 4), (2, 60, 4)):
         with pytest.raises(ValueError, match=r"takes \(B, H, 60, D\), got "):

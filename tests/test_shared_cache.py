@@ -145,7 +145,7 @@ def test_a_copy_starts_empty(cache, again):
 
 def test_padding_is_taken_out_in_inference_mode_for_calls_that_are_not():
     """A mask that a thread makes without gradients serves one that trains."""
-    call = list(calls())[0]
+    call = next(calls())
     q, k, v = (x.requires_grad_() for x in qkv(call.tokens))
     cache, method = PatternCache(), get_method("diagonal", block_size=16, compensate="mean")
     with torch.inference_mode():

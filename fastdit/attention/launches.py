@@ -94,6 +94,7 @@ class SharedPatterns(PatternCache):
     """Keep what all layers share. The methods bound it, and none of them may be forgotten.
 
     Args:
+        limit: ``None``.
         numbers: A number for each order of the tokens, by the layouts that have it. None is given twice, so that no
             layout is taken for one that is gone.
         unused: The numbers that are left.
