@@ -56,6 +56,6 @@ class Dense(AttentionMethod):
         Returns:
             ``(B, H, S, D)``, in the dtype of ``q``.
         """
-        state.kept = torch.ones((), device=q.device)
+        state.kept = torch.ones((), dtype=torch.float32, device=q.device)
         allowed = None if call.key_padding is None else ~call.key_padding[:, None, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=call.scale)

@@ -173,7 +173,7 @@ class Table(AttentionMethod):
             state.kept = launches[0].state.kept
             return out
         out = torch.zeros_like(q) if sum(len(launch.heads) for launch in launches) < heads else torch.empty_like(q)
-        kept: Tensor | None = torch.zeros((), device=q.device)
+        kept: Tensor | None = torch.zeros((), dtype=torch.float32, device=q.device)
         for launch in launches:
             own = state.measure("order", q.device, lambda launch=launch: [launch.select(x) for x in (q, k, v)])
             part = launch.run(own[0], own[1], own[2], call)
