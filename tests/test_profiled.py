@@ -29,7 +29,7 @@ def along_axes(spec, batch=2):
 
 def shapes_of(state, batch):
     """The shapes that the heads of each sample have chosen."""
-    return [state.memory["sample", i, batch].memory["profiled"][-1][0] for i in range(batch)]
+    return [state.memory[f"sample {i} of {batch}"].memory["profiled"][-1][0] for i in range(batch)]
 
 
 def dense(q, k, v, scale, padding=None):
@@ -94,7 +94,7 @@ def test_samples_that_choose_other_tiles_have_no_one_pattern():
 def states_of(method, tensors, spec):
     state = MethodState()
     method.forward(*tensors, AttentionCall(spec), state)
-    return [state.memory["sample", i, 2] for i in range(2)]
+    return [state.memory[f"sample {i} of 2"] for i in range(2)]
 
 
 def test_each_row_keeps_equally_many_blocks():

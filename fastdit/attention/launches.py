@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,7 +88,7 @@ class Merged:
     sources: tuple[Pattern, ...]
     heads: Heads
     pattern: Pattern
-    compensate: str | None
+    compensate: Literal["mean"] | None
 
 
 @dataclass(eq=False)

@@ -109,7 +109,7 @@ class Profiled(BlockMethod):
         """Compute each sample as it is computed alone, with shapes and a pattern of its own."""
         outs, states = [], []
         for i, sample in enumerate(zip(q.split(1), k.split(1), v.split(1), strict=True)):
-            own = state.memory.setdefault(("sample", i, len(q)), replace(state, pattern=None, memory={}))
+            own = state.memory.setdefault(f"sample {i} of {len(q)}", replace(state, pattern=None, memory={}))
             own.refresh = state.refresh
             padding = None if call.key_padding is None else call.key_padding[i : i + 1]
             outs.append(self.forward(*sample, replace(call, key_padding=padding), own))
