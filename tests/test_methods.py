@@ -48,6 +48,24 @@ def chosen(method, q, k, call):
     return pattern, state
 
 
+def samples(*tensors):
+    return zip(*(x.split(1) for x in tensors), strict=True)
+
+
+def settled(method, q, k, v, call):
+    """The output once patterns are made, its state, and the pattern of each sample: a batch is what each gets alone."""
+    state, patterns = MethodState(), []
+    for i, sample in enumerate(samples(q, k, v)):
+        padding = None if call.key_padding is None else call.key_padding[i : i + 1]
+        alone, own = dataclasses.replace(call, key_padding=padding), MethodState()
+        method.forward(*sample, alone, own)  # which may compute more than the pattern (adaspa)
+        own.refresh = False
+        patterns.append(own.resolve(method, *sample[:2], alone))
+    method.forward(q, k, v, call, state)
+    state.refresh = False
+    return method.forward(q, k, v, call, state), state, patterns
+
+
 def qkv(spec, batch=1, heads=3, dim=16, dtype=torch.float32):
     return (torch.randn(batch, heads, spec.num_tokens, dim, dtype=dtype) for _ in range(3))
 
@@ -90,10 +108,10 @@ def test_forward_is_attention_of_the_pattern(name, grid, text, poisoned_empty):
     call = AttentionCall(TokenSpec(grid, *text))
     q, k, v = qkv(call.tokens, batch=2)
     method = small(name, q, k, call)
-    pattern, state = chosen(method, q, k, call)
-    out = method.forward(q, k, v, call, state)
-    torch.testing.assert_close(out, reference(q, k, v, pattern), rtol=1e-4, atol=1e-5)
-    assert float(state.kept) == pytest.approx(pattern.density, rel=1e-6)
+    out, state, patterns = settled(method, q, k, v, call)
+    expected = [reference(*sample, pattern) for sample, pattern in zip(samples(q, k, v), patterns, strict=True)]
+    torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert float(state.kept) == pytest.approx(sum(pattern.density for pattern in patterns) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -148,9 +166,10 @@ def test_padded_text_is_never_attended_to(name, text_first):
         padding[sample, spec.text.start + real : spec.text.stop] = True
     call = AttentionCall(spec, key_padding=padding)
     method = small(name, q, k, call)
-    pattern, state = chosen(method, q, k, call)
-    out = method.forward(q, k, v, call, state)
-    torch.testing.assert_close(out, reference(q, k, v, pattern, padding), rtol=1e-4, atol=1e-5)
+    out, _, patterns = settled(method, q, k, v, call)
+    parts = zip(samples(q, k, v), patterns, padding.split(1), strict=True)
+    expected = [reference(*sample, pattern, own) for sample, pattern, own in parts]
+    torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)
     k = k.masked_fill(padding[:, None, :, None], 1e4)
     v = v.masked_fill(padding[:, None, :, None], float("nan"))
     if method.static:
@@ -196,14 +215,13 @@ def test_patterns_are_reused_as_they_may_be(name):
 
 def test_a_pattern_of_another_video_is_not_reused(name):
     state = MethodState(refresh=False)
-    for grid, batch in [(VideoGrid(2, 8, 12), 2), (VideoGrid(2, 12, 8), 2), (VideoGrid(2, 12, 8), 1)]:
-        call = AttentionCall(TokenSpec(grid))
+    for shape, batch in [((2, 8, 12), 2), ((2, 12, 8), 2), ((2, 12, 8), 1), ((2, 12, 8), 3)]:
+        call = AttentionCall(TokenSpec(VideoGrid(*shape)))
         q, k, v = qkv(call.tokens, batch=batch)
         method = small(name, q, k, call)
-        state.resolve(method, q, k, call)
+        method.forward(q, k, v, call, state)
         out = method.forward(q, k, v, call, state)
-        expected = reference(q, k, v, method.pattern(q, k, call, MethodState()))
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, settled(method, q, k, v, call)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_selection_is_deterministic(name):

@@ -285,6 +285,7 @@ def test_no_plan_says_how_to_make_one():
         ({"block_size": 48}, "block_size must be"),
         ({"edges": (0.5,)}, "edges of step buckets must be"),
         ({"small": 0}, "small must be above 0"),
+        ({"small": float("nan")}, "small must be above 0"),
         ({"small_share": 1.5}, r"small_share in \(0, 1\]"),
         ({"balance": -1}, r"balance in \[0, 1\]"),
         ({"edges": (0.5, 1)}, r"no sample of layer 0 of 2 in step bucket 1 of 2 \(2 are missing in all\)"),
@@ -296,6 +297,15 @@ def test_calibrations_that_cannot_be(fields, message):
     samples = [(q, k, AttentionCall(spec, layer=layer, num_layers=2, num_steps=4)) for layer in range(2)]
     with pytest.raises(ValueError, match=message):
         calibrate(samples, **fields)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_makes_no_plan(value):
+    call = AttentionCall(TokenSpec(VideoGrid(1, 4, 4), 3))
+    q, k, _ = test_methods.qkv(call.tokens)
+    k[0, 1, 5] = value
+    with pytest.raises(ValueError, match="queries or keys of the samples are NaN or Inf"):
+        calibrate([(q, k, call)], block_size=16)
 
 
 def test_samples_that_do_not_fit():

@@ -64,12 +64,15 @@ def test_files(text, tmp_path):
     assert method.loaded == plan and method.plan == str(path) and copy.deepcopy(method) == method
 
 
+RIGHT = {"grid": {"frames": 1, "height": 6, "width": 10}, "text_tokens": 0, "text_first": False}
+
+
 def damaged(about=None, **tensors):
     def change(path):
         rows = {"orders": torch.zeros(1, 2, dtype=torch.uint8), "blocks": torch.ones(1, 1, 2, 4, 1, dtype=torch.uint8)}
         right = {
             "version": 1,
-            "tokens": {"grid": {"frames": 1, "height": 6, "width": 10}, "text_tokens": 0, "text_first": False},
+            "tokens": RIGHT,
             "block_size": 16,
             "density": 0.5,
             "edges": [1],
@@ -95,6 +98,8 @@ def damaged(about=None, **tensors):
             damaged({"tokens": {"grid": {"frames": 1.0, "height": 6, "width": 10}}}),
             "numbers of tokens that are not whole",
         ),
+        (damaged({"tokens": RIGHT | {"text_first": "false"}}), "text_first must be True or False, got 'false'"),
+        (damaged({"tokens": RIGHT | {"ordered": 1}}), "ordered must be True or False, got 1"),
         (damaged({"density": 7}), r"density must be in \(0, 1\]"),
         (damaged({"block_size": 32}), r"must be \(1, 1, 2, 2, 1\) uint8, got \(1, 1, 2, 4, 1\)"),
         (damaged({"edges": [0.5, 1]}), r"bits of 2 buckets, .* must be \(2, 1, 2, 4, 1\) uint8"),

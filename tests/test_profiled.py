@@ -1,5 +1,6 @@
 """Each head gets the tiles that come nearest to exact attention, which is checked by computing all of them."""
 
+import itertools
 import math
 
 import pytest
@@ -24,6 +25,11 @@ def along_axes(spec, batch=2):
         near = (waves * weights[head, :, None].sqrt()).flatten(1)
         q[:, head, spec.video], k[:, head, spec.video] = 4 * near, near
     return q, k, torch.randn(batch, 4, spec.num_tokens, 24)
+
+
+def shapes_of(state, batch):
+    """The shapes that the heads of each sample have chosen."""
+    return [state.memory[f"sample {i} of {batch}"].memory["profiled"][-1][0] for i in range(batch)]
 
 
 def dense(q, k, v, scale, padding=None):
@@ -51,11 +57,12 @@ def test_heads_take_the_tiles_whose_output_is_nearest(text, compensate, at_once,
         get_method("profiled", tiles=(tile,), compensate=compensate, **FIELDS).forward(q, k, v, call, MethodState())
         for tile in TILES
     ]
-    errors = torch.stack([(x - exact)[:, :, rows].square().sum((0, 2, 3)) for x in outs])
+    errors = torch.stack([(x - exact)[:, :, rows].square().sum((2, 3)) for x in outs])
     chosen = errors.argmin(0)
-    assert state.memory["profiled"][-1] == tuple(chosen.tolist()) and len(set(chosen.tolist())) >= 3
-    for head, tile in enumerate(chosen.tolist()):
-        torch.testing.assert_close(out[:, head], outs[tile][:, head])
+    assert shapes_of(state, 2) == [tuple(of_sample) for of_sample in chosen.tolist()]
+    assert len(set(chosen.flatten().tolist())) >= 3
+    for sample, head in itertools.product(range(2), range(4)):
+        torch.testing.assert_close(out[sample, head], outs[chosen[sample, head]][sample, head])
 
 
 def test_shapes_stay_for_the_video_and_go_with_it():
@@ -63,13 +70,31 @@ def test_shapes_stay_for_the_video_and_go_with_it():
     method, state = get_method("profiled", tiles=TILES, **FIELDS), MethodState()
     q, k, v = along_axes(spec)
     method.forward(q, k, v, AttentionCall(spec), state)
-    shapes = state.memory["profiled"][-1]
+    shapes = shapes_of(state, 2)
     turned = [x.flip(1) for x in (q, k, v)]
     method.forward(*turned, AttentionCall(spec, step=1), state)
-    assert state.memory["profiled"][-1] == shapes
+    assert shapes_of(state, 2) == shapes
     state.reset()
     method.forward(*turned, AttentionCall(spec), state)
-    assert state.memory["profiled"][-1] == shapes[::-1] != shapes
+    assert shapes_of(state, 2) == [of_sample[::-1] for of_sample in shapes] != shapes
+
+
+def test_samples_that_choose_other_tiles_have_no_one_pattern():
+    spec = TokenSpec(VideoGrid(5, 8, 12))
+    method = get_method("profiled", tiles=TILES, **FIELDS)
+    q, k, v = along_axes(spec)
+    turned = [torch.cat([x[:1], x[1:].flip(1)]) for x in (q, k, v)]
+    with pytest.raises(
+        ValueError, match="the 2 samples of the batch choose different tiles; ask for the pattern of one"
+    ):
+        method.pattern(*turned[:2], AttentionCall(spec), MethodState())
+    assert len({x.pattern.layout for x in states_of(method, turned, spec)}) == 2
+
+
+def states_of(method, tensors, spec):
+    state = MethodState()
+    method.forward(*tensors, AttentionCall(spec), state)
+    return [state.memory[f"sample {i} of 2"] for i in range(2)]
 
 
 def test_each_row_keeps_equally_many_blocks():

@@ -7,7 +7,7 @@ import torch
 
 import fastdit
 from fastdit import Schedule
-from fastdit.attention import list_methods, method_class
+from fastdit.attention import MethodState, list_methods, method_class
 from fastdit.attention.table import Table
 from fastdit.pipelines.runtime import Layer
 
@@ -32,8 +32,9 @@ def builds(monkeypatch):
     forget = Layer._forget
 
     def spy(self, state, call):
-        pattern = state.pattern
-        assert pattern is not None, "a dynamic method leaves its pattern in its state"
+        states = [state, *(own for own in state.memory.values() if isinstance(own, MethodState))]
+        pattern = next((own.pattern for own in states if own.pattern is not None), None)
+        assert pattern is not None, "a dynamic method leaves its pattern in its state, or in those of its samples"
         kept.append(pattern)  # so that no two patterns ever have one id
         key = (self.runtime.title, call.branch)
         if call.layer == 0 and latest.get(key) is not pattern:

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_samples import default
 
 import fastdit
 
@@ -37,6 +38,23 @@ def file(tmp_path_factory):
     out = forward(model)
     handle.save_weights(path)
     return path, out, plain
+
+
+@pytest.mark.parametrize("what", [torch.bfloat16, torch.float16, torch.float64, "meta"], ids=str)
+def test_weights_are_in_fp32_whatever_the_defaults_of_torch(what, file):
+    path, out, _ = file
+    model = tiny.transformer("wan")
+    with default(what):
+        fastdit.enable_sparse_attention(model, **SLA, weights=str(path))
+    loaded = {name: p for name, p in model.named_parameters() if name.startswith(ATTRIBUTE)}
+    assert {(p.dtype, p.device.type) for p in loaded.values()} == {(torch.float32, "cpu")}
+    kept = load_file(path)
+    assert all(torch.equal(p, kept[name.replace(ATTRIBUTE, "transformer")]) for name, p in loaded.items())
+    assert torch.equal(forward(model), out)
+    for fields in ({"variant": "sla2", "mix_points": 3}, {"feature_map": "hedgehog"}):
+        with default(what):
+            made = fastdit.get_method("sla", **fields).make_weights(2, 16)
+        assert {p.dtype for p in made.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("fields", [{}, {"variant": "full"}, {"variant": "sla2", "feature_map": "hedgehog"}], ids=str)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..layout import TokenLayout
 from ..tokens import AttentionCall
-from .base import Pattern, check_density, register
+from .base import Pattern, register
+from .fields import Allowed, Density
 from .kernels import block_sparse_attention
 from .mass import block_mass
 from .ordered import OrderedMethod, pattern_of
 from .reorder import lay_out, put_back
 from .select import by_heads, keep_top_k, top_count
 from .state import MethodState
+
+Recall = Annotated[
+    float,
+    Allowed(
+        "in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        "the paper's is 0.8, and adaptive=False gives all heads the same density",
+    ),
+]
 
 
 @register("adaspa")
@@ -37,24 +48,12 @@ class AdaSpa(OrderedMethod):
             blocks to as many heads whose blocks hold least. At most half of the heads give.
         recall_threshold: Fraction of the attention mass, in [0, 1].
 
-    Raises:
-        ValueError: ``density`` or ``recall_threshold`` is out of range.
-
     Source: AdaSpa (arXiv 2502.21079): its search with cached log-sum-exp and its head-adaptive budgets.
     """
 
-    density: float = 0.2
+    density: Density = 0.2
     adaptive: bool = True
-    recall_threshold: float = 0.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_density(self.density)
-        if not isinstance(self.recall_threshold, (int, float)) or not 0 <= self.recall_threshold <= 1:
-            raise ValueError(
-                f"recall_threshold must be in [0, 1], got {self.recall_threshold!r}; the paper's is 0.8, "
-                "and adaptive=False gives all heads the same density"
-            )
+    recall_threshold: Recall = 0.8
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Keep the heaviest blocks of each row, by the log-sum-exp remembered or, without one, by that of this call.

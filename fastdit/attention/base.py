@@ -6,7 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 from torch.nn import Module
@@ -14,6 +14,7 @@ from torch.nn import Module
 from ..layout import TokenLayout
 from ..mask import BlockMask
 from ..tokens import AttentionCall, TokenSpec
+from .fields import BlockSize, Density, check_fields, check_value
 from .kernels import block_sparse_attention
 from .reorder import lay_out, put_back
 from .state import MethodState
@@ -43,7 +44,11 @@ class Pattern:
 class AttentionMethod(ABC):
     """Choose the blocks of an attention call. A method's fields are its parameters, in Python, JSON and the CLI.
 
-    Subclasses are frozen dataclasses, registered by name, and keep nothing between calls but in ``state``.
+    Subclasses are frozen dataclasses, registered by name, and keep nothing between calls but in ``state``. What a field
+    may hold is in its annotation, with the types of ``fields.py`` where not every value of a type is allowed.
+
+    Raises:
+        ValueError: A field holds something else.
     """
 
     name: ClassVar[str]
@@ -56,11 +61,15 @@ class AttentionMethod(ABC):
     trained_for: ClassVar[tuple[str, ...]] = ()
     """The fields that weights are trained for, without which they mean nothing; empty if the method has no weights."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def make_weights(self, heads: int, head_dim: int) -> Module:
         """Make what one layer learns, in fp32; only called for a method that has ``trained_for``.
 
-        It is attached to the model, and comes to the method as ``state.weights``. Such a method also has a field
-        ``weights``, the path of a file that they are loaded from, or ``None``.
+        It is fp32 whatever the default dtype is. It is attached to the model, and comes to the method as
+        ``state.weights``. Such a method also has a field ``weights``, the path of a file that they are loaded from, or
+        ``None``.
 
         Args:
             heads: Heads of the layer, at least 1.
@@ -116,16 +125,9 @@ class BlockMethod(AttentionMethod):
     Args:
         compensate: ``"mean"`` lets each key block that is left out stand in the same softmax as its mean key, as
             heavy as the block has keys, with its mean value (SVG-EAR, arXiv 2603.08982); ``None`` leaves it out.
-
-    Raises:
-        ValueError: ``compensate`` is something else.
     """
 
-    compensate: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.compensate not in (None, "mean"):
-            raise ValueError(f"compensate must be 'mean' or None, got {self.compensate!r}")
+    compensate: Literal["mean"] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
         """Compute the attention of the pattern.
@@ -266,8 +268,7 @@ def check_density(density: float) -> None:
     Raises:
         ValueError: It is outside (0, 1].
     """
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}; write 0.25 to keep 25 % of the blocks")
+    check_value("density", density, Density)
 
 
 def check_block_size(name: str, value: int) -> None:
@@ -280,8 +281,7 @@ def check_block_size(name: str, value: int) -> None:
     Raises:
         ValueError: It is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value not in (16, 32, 64, 128, 256):
-        raise ValueError(f"{name} must be a power of two in [16, 256], got {value!r}; 128 and 64 are the fast ones")
+    check_value(name, value, BlockSize)
 
 
 def _suggest(name: str, known: Any) -> str:

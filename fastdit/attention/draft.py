@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..layout import TokenLayout, fitting_tile, order_without_gaps, tile_order
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
-from .base import BlockMethod, Pattern, check_density, register
+from .base import BlockMethod, Pattern, register
+from .fields import Allowed, Count, Density, Tile
 from .ordered import pattern_of
 from .reorder import part_scores, pool_laid_out
 from .select import by_heads, keep_top_fraction, keep_top_k, top_count
 from .state import MethodState
 
 PUBLISHED_TILE = (1, 8, 16)
+
+DraftTile = Annotated[
+    Tile,
+    Allowed(
+        "(frames, height, width) with 1 to 256 tokens in all",
+        lambda value: math.prod(value) <= 256,
+        "(1, 8, 16) and (1, 8, 8) are usual",
+    ),
+]
 
 
 @register("draft")
@@ -38,24 +49,19 @@ class Draft(BlockMethod):
             of a block. More find more of the attention, and the map costs their square; 1 in the paper.
 
     Raises:
-        ValueError: ``density`` is outside (0, 1], a tile has no tokens or more than 256, or its blocks cannot be cut
-            into so many parts.
+        ValueError: A block cannot be cut into so many parts.
 
     Source: DraftAttention (arXiv 2505.14708), section 3, and its released code.
     """
 
-    density: float = 0.25
-    tile: tuple[int, int, int] | None = None
+    density: Density = 0.25
+    tile: DraftTile | None = None
     per_row: bool = False
-    parts: int = 1
+    parts: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_density(self.density)
-        if self.tile is not None:
-            object.__setattr__(self, "tile", tuple(self.tile))
-            _check_tile(self.tile)
-        if type(self.parts) is not int or self.parts < 1 or self.block_size % self.parts:
+        if self.block_size % self.parts:
             raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
 
     @property
@@ -112,11 +118,3 @@ class Draft(BlockMethod):
     def _layout(self, call: AttentionCall, device: torch.device) -> TokenLayout:
         order, sizes = self._tiles(call.tokens.grid)
         return TokenLayout.build(call.tokens, block=self.block_size, order=order, segments=sizes, device=device)
-
-
-def _check_tile(tile: tuple[int, ...]) -> None:
-    if len(tile) != 3 or not all(isinstance(t, int) and t >= 1 for t in tile) or math.prod(tile) > 256:
-        raise ValueError(
-            f"tile must be (frames, height, width) with 1 to 256 tokens in all, or None, got {tile!r}; "
-            "(1, 8, 16) and (1, 8, 8) are usual"
-        )

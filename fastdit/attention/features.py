@@ -11,9 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
-"""Names of the feature maps; the last one is learned."""
-
 
 def feature_map(name: str, x: Tensor) -> Tensor:
     """Map queries or keys to features that are at least 0, channel by channel or by their softmax.
@@ -46,7 +43,7 @@ class Hedgehog(Module):
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.weight = Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+        self.weight = Parameter(torch.eye(head_dim, dtype=torch.float32).repeat(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map queries or keys to twice as many features.
@@ -70,8 +67,8 @@ class Projection(Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.weight = Parameter(torch.zeros(head_dim, head_dim))
-        self.bias = Parameter(torch.zeros(head_dim))
+        self.weight = Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
+        self.bias = Parameter(torch.zeros(head_dim, dtype=torch.float32))
 
     def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weight, ``(D, D)``, and the bias, ``(D,)``, as ``F.linear`` takes them.
@@ -95,7 +92,7 @@ class Router(Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.weight = Parameter(torch.eye(head_dim), requires_grad=False)
+        self.weight = Parameter(torch.eye(head_dim, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project.
@@ -119,7 +116,7 @@ class Mix(Module):
 
     def __init__(self, heads: int, points: int) -> None:
         super().__init__()
-        self.logits = Parameter(torch.full((heads, points), -5.0))
+        self.logits = Parameter(torch.full((heads, points), -5.0, dtype=torch.float32))
 
     def forward(self, count: int, like: Tensor) -> Tensor:
         """Return the share of the second part in (0, 1), its logits linear between the values: ``(H, count)``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,7 +86,7 @@ class Merged:
     sources: tuple[Pattern, ...]
     heads: Heads
     pattern: Pattern
-    compensate: str | None
+    compensate: Literal["mean"] | None
 
 
 @dataclass(eq=False)

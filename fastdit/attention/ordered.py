@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from torch import Tensor
 from ..layout import ORDERS, TokenLayout, order_without_gaps, token_order
 from ..mask import BlockMask
 from ..tokens import AttentionCall, TokenSpec
-from .base import BlockMethod, Pattern, check_block_size
+from .base import BlockMethod, Pattern
+from .fields import Allowed, BlockSize, Tile
 from .kernels.device import has_triton
 from .select import keep_text
 from .state import MethodState
+
+Order = Annotated[str, Allowed(f"one of {', '.join(ORDERS)}", ORDERS.__contains__)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +30,11 @@ class OrderedMethod(BlockMethod):
             ``"token"``, all frames of one position together; or three axes, slowest first, such as ``"hwf"``.
         tile: ``(frames, height, width)`` tokens of a tile, each at least 1, for ``order="tile"``. Tiles follow each
             other without padding, so a block is a tile only where both have the same size.
-
-    Raises:
-        ValueError: ``block_size`` or ``order`` is none of those, or ``tile`` is not three numbers of at least 1.
     """
 
-    block_size: int = 64
-    order: str = "raster"
-    tile: tuple[int, int, int] = (4, 4, 4)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_block_size("block_size", self.block_size)
-        if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
-        object.__setattr__(self, "tile", tuple(self.tile))
-        if len(self.tile) != 3 or not all(type(t) is int and t >= 1 for t in self.tile):
-            raise ValueError(f"tile must be (frames, height, width), each at least 1, got {self.tile!r}")
+    block_size: BlockSize = 64
+    order: Order = "raster"
+    tile: Tile = (4, 4, 4)
 
     def layout(self, call: AttentionCall, device: torch.device, state: MethodState) -> TokenLayout:
         """Return the layout of a call, built once per make-up of the tokens.

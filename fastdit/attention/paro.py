@@ -46,9 +46,9 @@ class Paro(BlockMethod):
     plan: ParoPlan | str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.loaded is not None and not isinstance(self.loaded, ParoPlan):
             raise TypeError(f"plan must be a ParoPlan or the path of one, got {type(self.plan).__name__}")
+        super().__post_init__()
 
     @cached_property
     def loaded(self) -> ParoPlan | None:

@@ -56,7 +56,7 @@ def calibrate(
         device: Where to compute; default: where the first sample is.
 
     Raises:
-        ValueError: A number is out of range, the samples do not fit each other, or some are missing.
+        ValueError: A number is out of range, the samples do not fit each other, or some are missing or not finite.
         TypeError: ``samples`` can be gone through only once.
 
     Source: PAROAttention (arXiv 2506.16054), offline calibration.
@@ -64,7 +64,7 @@ def calibrate(
     check_density(density)
     check_block_size("block_size", block_size)
     check_edges(edges)
-    if small <= 0 or not 0 < small_share <= 1 or not 0 <= balance <= 1:
+    if not small > 0 or not 0 < small_share <= 1 or not 0 <= balance <= 1:
         raise ValueError(
             "small must be above 0, small_share in (0, 1] and balance in [0, 1], "
             f"got {small}, {small_share} and {balance}"
@@ -75,7 +75,7 @@ def calibrate(
         TokenLayout.build(tokens, block=block_size, order=axis_order(tokens.grid, axes), device=device)
         for axes in AXIS_ORDERS
     ]
-    sparse, uneven = torch.zeros(2, len(AXIS_ORDERS), len(counts), heads, dtype=torch.float64)
+    sparse, uneven = torch.zeros(2, len(AXIS_ORDERS), len(counts), heads, dtype=torch.float64, device="cpu")
     for q, k, call in samples:
         for place, layout in enumerate(layouts):
             found = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
@@ -93,6 +93,8 @@ def calibrate(
             head = (chosen[call.layer] == place).nonzero().flatten()
             mass = block_mass(**_of_video(q[:, head].to(device), k[:, head].to(device), call, layouts[place]))
             into[head] += mass[..., : len(lengths)].sum(0).float().cpu()
+    if not sums.isfinite().all():
+        raise ValueError("queries or keys of the samples are NaN or Inf; capture them anew, or in a wider dtype")
     pairs = lengths[:, None] * lengths
     budget = density * tokens.num_tokens**2 - (tokens.num_tokens**2 - int(pairs.sum()))
     bits = [[pack(keep_largest(heads_of, pairs, budget)) for heads_of in layers] for layers in sums]
@@ -177,6 +179,7 @@ def keep_largest(sums: Tensor, pairs: Tensor, budget: float) -> Tensor:
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     held = pairs.flatten()[order]
     before = held.cumsum(-1) - held
+    # a whole number: beside a fraction, counts would be rounded to the default dtype
     kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order, before < math.ceil(budget))
     return kept.view(sums.shape) | own
 

@@ -21,6 +21,7 @@ from ..files import moved_when_complete
 from ..schedule import check_edges
 from ..tokens import TokenSpec, VideoGrid
 from .base import check_block_size, check_density
+from .fields import check_value
 
 AXIS_ORDERS = ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
 """The six orders of the axes, slowest first; files name an order by its place here."""
@@ -129,7 +130,7 @@ class ParoPlan:
             "density": self.density,
             "edges": self.edges,
         }
-        tensors = {"orders": torch.tensor(places, dtype=torch.uint8), "blocks": self._bits}
+        tensors = {"orders": torch.tensor(places, dtype=torch.uint8, device="cpu"), "blocks": self._bits}
         with moved_when_complete(Path(path)) as part:
             save_file(tensors, part, {"paro_plan": json.dumps(about)})
 
@@ -157,6 +158,8 @@ class ParoPlan:
                 tokens = TokenSpec(**{**about["tokens"], "grid": VideoGrid(**about["tokens"]["grid"])})
                 if not all(type(count) is int for count in (*tokens.grid.shape, tokens.text_tokens)):
                     raise ValueError(f"{path} is for numbers of tokens that are not whole: {tokens}")
+                for name in ("text_first", "ordered"):
+                    check_value(name, getattr(tokens, name), bool)
                 return cls(
                     tokens=tokens,
                     block_size=about["block_size"],

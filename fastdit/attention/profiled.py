@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..layout import TokenLayout, stack_heads, token_order
 from ..tokens import AttentionCall
-from .base import BlockMethod, Pattern, check_block_size, check_density, register
+from .base import BlockMethod, Pattern, register
+from .fields import Allowed, BlockSize, Count, Density, Tile
 from .ordered import pattern_of
 from .reorder import part_scores, pool_laid_out
 from .select import SCORES_AT_ONCE, by_heads, keep_top_k, top_count
 from .state import MethodState
 
-Tile = tuple[int, int, int]
+Shapes = tuple[int, ...]
+"""For each head of a sample the index of its tile."""
+
+Tiles = Annotated[
+    tuple[Tile, ...],
+    Allowed("a tuple of one or more (frames, height, width), each at least 1", lambda value: len(value) > 0),
+]
 
 
 @register("profiled")
@@ -27,8 +35,9 @@ class Profiled(BlockMethod):
 
     Heads that look at a row, a column or one place in all frames need other tiles than those that look at what is near.
     In the first sparse call of a video each layer computes a few queries exactly, and with the blocks that it would
-    choose in tiles of each shape; the shape that comes nearest stays for the video. Which blocks are computed is
-    drafted as by ``draft``: from the means of parts of tiles, the same number in each row.
+    choose in tiles of each shape; the shape that comes nearest stays for the video. Each sample of a batch chooses for
+    itself, so samples are computed one after the other. Which blocks are computed is drafted as by ``draft``: from the
+    means of parts of tiles, the same number in each row.
 
     Args:
         density: Fraction of blocks to keep in each row, in (0, 1].
@@ -39,31 +48,22 @@ class Profiled(BlockMethod):
         samples: Queries that are computed exactly to choose a shape, at least 1.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A block cannot be cut into so many parts.
 
     Source: fastdit. Profiling is that of Sparse VideoGen (arXiv 2502.01776), section 4, which chooses between two
         patterns; the draft that of DraftAttention (arXiv 2505.14708).
     """
 
-    density: float = 0.25
-    tiles: tuple[Tile, ...] = ((4, 4, 4), (1, 8, 8), (2, 4, 8), (4, 1, 16), (4, 16, 1))
-    block_size: int = 64
-    parts: int = 8
-    samples: int = 64
+    density: Density = 0.25
+    tiles: Tiles = ((4, 4, 4), (1, 8, 8), (2, 4, 8), (4, 1, 16), (4, 16, 1))
+    block_size: BlockSize = 64
+    parts: Count = 8
+    samples: Count = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_density(self.density)
-        check_block_size("block_size", self.block_size)
-        object.__setattr__(self, "tiles", tuple(tuple(tile) for tile in self.tiles))
-        if not self.tiles or not all(
-            len(tile) == 3 and all(type(n) is int and n > 0 for n in tile) for tile in self.tiles
-        ):
-            raise ValueError(f"tiles must be (frames, height, width) of at least 1 each, got {self.tiles!r}")
-        if type(self.parts) is not int or self.parts < 1 or self.block_size % self.parts:
+        if self.block_size % self.parts:
             raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
-        if type(self.samples) is not int or self.samples < 1:
-            raise ValueError(f"samples must be a number of at least 1, got {self.samples!r}; 64 is usual")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
         """Compute the attention, in the first call of a video after each head has got its shape.
@@ -78,6 +78,8 @@ class Profiled(BlockMethod):
         Returns:
             ``(B, H, S, D)``, in the dtype of ``q``.
         """
+        if len(q) > 1:
+            return self._one_by_one(q, k, v, call, state)
         if _chosen(q, call, state) is None:
             with torch.no_grad():
                 state.measure("choice", q.device, lambda: self._choose(q, k, v, call, state))
@@ -91,10 +93,29 @@ class Profiled(BlockMethod):
             k: ``(B, H, S, D)`` keys.
             call: The call.
             state: Brings the shapes; without a ``forward`` before, they are chosen by the mean of the keys that matter.
+
+        Raises:
+            ValueError: Samples of the batch choose different shapes, so that there is no one pattern.
         """
         shapes = _chosen(q, call, state) or self._choose(q, k, k, call, state)
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"the {len(shapes)} samples of the batch choose different tiles; ask for the pattern of one at a time"
+            )
         layouts = self._layouts(call, q.device, state)
-        return self._draft(q, k, [layouts[i] for i in shapes], call)
+        return self._draft(q, k, [layouts[i] for i in shapes[0]], call)
+
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
+        """Compute each sample as it is computed alone, with shapes and a pattern of its own."""
+        outs, states = [], []
+        for i, sample in enumerate(zip(q.split(1), k.split(1), v.split(1), strict=True)):
+            own = state.memory.setdefault(f"sample {i} of {len(q)}", replace(state, pattern=None, memory={}))
+            own.refresh = state.refresh
+            padding = None if call.key_padding is None else call.key_padding[i : i + 1]
+            outs.append(self.forward(*sample, replace(call, key_padding=padding), own))
+            states.append(own)
+        state.kept = torch.stack([own.kept for own in states]).mean()
+        return torch.cat(outs)
 
     def _draft(self, q: Tensor, k: Tensor, layouts: Sequence[TokenLayout], call: AttentionCall) -> Pattern:
         video = layouts[0].video_blocks
@@ -108,7 +129,7 @@ class Profiled(BlockMethod):
         # Padding is at the same places for all heads, so one list of lengths serves all.
         return Pattern(stack_heads(layouts), pattern_of(layouts[0], kept, max_count=count).mask)
 
-    def _choose(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...]:
+    def _choose(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> tuple[Shapes, ...]:
         video = call.tokens.video
         count = min(self.samples, call.tokens.grid.num_tokens)
         rows = torch.linspace(video.start, video.stop - 1, count, dtype=torch.float32, device=q.device).round().long()
@@ -120,7 +141,7 @@ class Profiled(BlockMethod):
             part = slice(first, first + step)
             own = [(layout, of_all[:, part]) for layout, of_all in zip(layouts, blocks, strict=True)]
             errors.append(_errors(q[:, part, rows], k[:, part], v[:, part], rows, self, own, call))
-        shapes = tuple(torch.cat(errors, 1).argmin(0).tolist())
+        shapes = tuple(tuple(of_sample) for of_sample in torch.cat(errors, 2).argmin(0).tolist())
         state.memory["profiled"] = (call.tokens, q.shape[:2], shapes)
         return shapes
 
@@ -133,7 +154,7 @@ class Profiled(BlockMethod):
         return [state.cache.static((*key, tile), partial(build, tile)) for tile in self.tiles]
 
 
-def _chosen(q: Tensor, call: AttentionCall, state: MethodState) -> tuple[int, ...] | None:
+def _chosen(q: Tensor, call: AttentionCall, state: MethodState) -> tuple[Shapes, ...] | None:
     tokens, size, shapes = state.memory.get("profiled", (None, None, ()))
     return shapes if (tokens, size) == (call.tokens, q.shape[:2]) else None
 
@@ -147,7 +168,9 @@ def _errors(
     choices: list[tuple[TokenLayout, Tensor]],
     call: AttentionCall,
 ) -> Tensor:
-    """Say how far what a few queries get from each choice is from what they should get: ``(choices, h)`` fp32.
+    """Say how far what a few queries get from each choice is from what they should get: ``(choices, B, h)``.
+
+    It is in fp32, or fp64 for fp64.
 
     Args:
         q: ``(B, h, n, D)`` the queries, of some heads.
@@ -158,8 +181,9 @@ def _errors(
         choices: For each shape the layout, and ``(B, h, N, N)`` bool, the blocks.
         call: The call.
     """
-    scale, values = _scale(q, call), v.float()
-    logits = q.float() @ k.float().mT * scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, values, scale = q.to(dtype), k.to(dtype), v.to(dtype), _scale(q, call)
+    logits = q @ k.mT * scale
     if call.key_padding is not None:
         logits.masked_fill_(call.key_padding[:, None, None], -torch.inf)
     exact = logits.softmax(-1) @ values
@@ -170,10 +194,10 @@ def _errors(
         kept, of_kept = logits.masked_fill(~listed[..., block_of], -torch.inf), values
         if method.compensate is not None:
             means_k, means_v = (pool_laid_out(layout, x) for x in (k, v))
-            more = q.float() @ means_k.mT * scale + layout.block_lengths.float().log()
+            more = q @ means_k.mT * scale + layout.block_lengths.to(dtype).log()
             kept = torch.cat([kept, more.masked_fill(listed, -torch.inf)], -1)
             of_kept = torch.cat([values, means_v], 2)
-        errors.append((kept.softmax(-1) @ of_kept - exact).square().sum((0, 2, 3)))
+        errors.append((kept.softmax(-1) @ of_kept - exact).square().sum((2, 3)))
     return torch.stack(errors)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..tokens import AttentionCall, VideoGrid
 from .base import Pattern, register
+from .fields import Allowed, BlockSize, Count
 from .ordered import OrderedMethod, pattern_of
 from .state import MethodState
 
@@ -39,25 +40,15 @@ class Radial(OrderedMethod):
         min_band: Band width before ``decay``, in tokens, below which frame pairs are thinned out, at least 1. It is
             128 in the released code, whatever the block size; 1 leaves no frame pair out.
 
-    Raises:
-        ValueError: ``decay`` is not above 0, or ``min_band`` is below 1.
-
     Source: Radial Attention (arXiv 2506.19852), section 4, and its released code.
     """
 
     static: ClassVar[bool] = True
 
-    decay: float = 0.2
-    block_size: int = 128
+    decay: Annotated[float, Allowed("a number above 0", lambda value: value > 0, "0.2 to 1 is usual")] = 0.2
+    block_size: BlockSize = 128
     sink: bool = True
-    min_band: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (isinstance(self.decay, (int, float)) and 0 < self.decay < math.inf):
-            raise ValueError(f"decay must be a number above 0, got {self.decay!r}; 0.2 to 1 is usual")
-        if type(self.min_band) is not int or self.min_band < 1:
-            raise ValueError(f"min_band must be a number of tokens of at least 1, got {self.min_band!r}")
+    min_band: Count = 128
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Build the bands for a grid.

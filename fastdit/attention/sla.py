@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,18 @@ from torch.nn import Module
 
 from ..mask import BlockMask
 from ..tokens import AttentionCall
-from .base import Pattern, check_density, register
-from .features import FEATURE_MAPS, Hedgehog, Mix, Projection, Router
+from .base import Pattern, register
+from .features import Hedgehog, Mix, Projection, Router
+from .fields import Allowed, Count, Density
 from .linear import choose_linear, join_linear_attention, linear_attention
 from .ordered import OrderedMethod, pattern_of
 from .reorder import pool_laid_out
 from .select import by_heads, keep_top_k, pool_blocks, top_count
 from .state import MethodState
 
-VARIANTS = ("paper", "sla1", "full", "sla2")
+Negligible = Annotated[
+    float, Allowed("in [0, 1)", lambda value: 0 <= value < 1, "write 0.1 to drop 10 % of the blocks")
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,34 +62,25 @@ class Sla(OrderedMethod):
         weights: Path of a file that ``save_weights`` made, loaded when sparse attention is enabled.
 
     Raises:
-        ValueError: A value is out of its range, or belongs to another variant or feature map.
+        ValueError: A value belongs to another variant or feature map.
 
     Source: SLA (arXiv 2509.24006), section 4, and its released code; SLA2 (arXiv 2602.12675).
     """
 
     trained_for: ClassVar[tuple[str, ...]] = ("variant", "feature_map", "tie", "mix_points")
 
-    density: float = 0.1
+    density: Density = 0.1
     variant: Literal["paper", "sla1", "full", "sla2"] = "paper"
-    negligible: float = 0.1
+    negligible: Negligible = 0.1
     feature_map: Literal["softmax", "elu", "relu", "hedgehog"] = "softmax"
     tie: bool = False
-    mix_points: int = 1
+    mix_points: Count = 1
     weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_density(self.density)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
-        if isinstance(self.negligible, bool) or not 0 <= self.negligible < 1:
-            raise ValueError(f"negligible must be in [0, 1), got {self.negligible!r}; write 0.1 to drop 10 % of blocks")
         if self.tie and self.feature_map != "hedgehog":
             raise ValueError(f"tie=True needs features that are learned, 'hedgehog'; got {self.feature_map!r}")
-        if type(self.mix_points) is not int or self.mix_points < 1:
-            raise ValueError(f"mix_points must be a number of at least 1, got {self.mix_points!r}")
         if self.mix_points > 1 and self.variant != "sla2":
             raise ValueError(f"mix_points belongs to the mix of variant 'sla2', got variant {self.variant!r}")
 

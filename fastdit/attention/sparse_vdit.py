@@ -11,7 +11,8 @@ from torch import Tensor
 from ..layout import TokenLayout
 from ..mask import BlockMask
 from ..tokens import AttentionCall
-from .base import AttentionMethod, Pattern, check_density, register
+from .base import AttentionMethod, Pattern, register
+from .fields import Density
 from .ordered import OrderedMethod, pattern_of
 from .state import MethodState
 
@@ -31,19 +32,12 @@ class Diagonal(OrderedMethod):
     Args:
         density: Fraction of (query, key) pairs of the video to keep, in (0, 1]; text comes on top.
 
-    Raises:
-        ValueError: ``density`` is outside (0, 1].
-
     Source: Sparse-vDiT (arXiv 2506.03065), pattern "diagonal". Band widths and block size are not published.
     """
 
     static: ClassVar[bool] = True
 
-    density: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_density(self.density)
+    density: Density = 0.25
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Build the band for a grid.
@@ -90,19 +84,12 @@ class VerticalStripe(OrderedMethod):
     Args:
         density: Fraction of (query, key) pairs of the video to keep, in (0, 1]; text comes on top.
 
-    Raises:
-        ValueError: ``density`` is outside (0, 1].
-
     Source: Sparse-vDiT (arXiv 2506.03065), pattern "vertical stripe". Which columns it takes is not published.
     """
 
     static: ClassVar[bool] = True
 
-    density: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_density(self.density)
+    density: Density = 0.25
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Build the stripes for a grid.

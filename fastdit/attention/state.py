@@ -106,6 +106,7 @@ class MethodState:
         refresh: Whether a dynamic pattern is to be rebuilt in this call. The handle sets it from the schedule.
         pattern: The dynamic pattern of the latest rebuild.
         tokens: The make-up of the tokens that it was built for.
+        batch: Samples that it was built for; ``None`` where it serves any number.
         memory: Whatever else a method wants to keep.
         kept: Fraction of (query, key) pairs of the latest call, 0-d fp32 tensor; ``None`` before the first.
     """
@@ -119,6 +120,7 @@ class MethodState:
     refresh: bool = True
     pattern: Pattern | None = None
     tokens: TokenSpec | None = None
+    batch: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     kept: Tensor | None = None
 
@@ -135,10 +137,11 @@ class MethodState:
             key = (method, call.tokens, q.device)
             build = partial(self.measure, "choice", q.device, lambda: method.pattern(q, k, call, self))
             return self.cache.static(key, build)
-        if self.refresh or self.pattern is None or self.tokens != call.tokens or not _fits(self.pattern, q):
+        known = self.tokens == call.tokens and self.batch in (None, len(q))
+        if self.refresh or self.pattern is None or not known or not _fits(self.pattern, q):
             with torch.no_grad():
                 pattern = self.measure("choice", q.device, lambda: method.pattern(q, k, call, self))
-            self.pattern, self.tokens = pattern, call.tokens
+            self.pattern, self.tokens, self.batch = pattern, call.tokens, len(q)
             return pattern
         return self.pattern
 

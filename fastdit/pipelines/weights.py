@@ -58,7 +58,8 @@ def make_weights(method: AttentionMethod, transformer: Module, layers: int) -> W
             f"method {method.name!r} has weights, which need num_attention_heads and attention_head_dim in the "
             f"config of {type(transformer).__name__}"
         )
-    modules = ModuleDict({str(layer): method.make_weights(heads, head_dim) for layer in range(layers)})
+    with torch.device("cpu"):  # whatever the default device is
+        modules = ModuleDict({str(layer): method.make_weights(heads, head_dim) for layer in range(layers)})
     device = next(transformer.parameters()).device
     if device.type != "meta":  # an offloaded model; weights follow the queries, wherever they are kept
         modules.to(device)
