@@ -8,6 +8,7 @@ causes another compilation. With gradients it runs between graphs instead, where
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -20,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
+from .obstacles import as_autocast, find_obstacle
 from .runtime import LAYERS, Layer
 from .twins import Twin, find_twin
 
@@ -48,7 +48,7 @@ def _attend(
     heads_first: bool,
     stock: Callable[[], Tensor],
 ) -> Tensor:
-    q, k, v = _as_autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     if not heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     call = layer.plan(q, k, v, mask, scale, obstacle)
@@ -125,41 +125,9 @@ def _(
 def _compiled(learns: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     from .hooks import attend_between_graphs
 
-    q, k, v = _as_autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     trains = torch.is_grad_enabled() and (learns or q.requires_grad or k.requires_grad or v.requires_grad)
     return attend_between_graphs(q, k, v, *rest) if trains else _attention(q, k, v, *rest)
-
-
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # norms may leave queries in another dtype than values; PyTorch's own attention casts all of them
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _foreign_mode() -> str | None:
-    for mode in _get_current_function_mode_stack():
-        if not isinstance(mode, DeviceContext):
-            return f"{type(mode).__name__} intercepts the functions of torch"
-    return None
-
-
-def _obstacle(mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool, options: dict[str, Any]) -> str | None:
-    if options.get("parallel_config") is not None:
-        return "context parallelism splits the sequence"
-    if is_causal:
-        return "the model asks for causal attention"
-    if dropout_p:
-        return "the model asks for attention dropout"
-    if enable_gqa:
-        return "the model asks for grouped queries"
-    if options.get("attention_kwargs"):
-        return "the model passes attention_kwargs"
-    if mask is not None and not isinstance(mask, Tensor):
-        return f"the model passes a {type(mask).__name__} of its own"
-    return _foreign_mode()
 
 
 def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
@@ -176,7 +144,7 @@ def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         options["attention_kwargs"] = attention_kwargs
-        obstacle = _obstacle(attn_mask, dropout_p, is_causal, enable_gqa, options)
+        obstacle = find_obstacle(attn_mask, dropout_p, is_causal, enable_gqa, options)
         processor = _CURRENT.processor
         layer = None if processor is None else processor.fastdit_layer
         if layer is not None and obstacle is None and torch.compiler.is_compiling():
@@ -207,7 +175,7 @@ def _sdpa_shim(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    obstacle = _obstacle(attn_mask, dropout_p, is_causal, enable_gqa, {})
+    obstacle = find_obstacle(attn_mask, dropout_p, is_causal, enable_gqa, {})
     processor = _CURRENT.processor
     layer = None if processor is None else processor.fastdit_layer
     if layer is not None and obstacle is None and torch.compiler.is_compiling():
@@ -289,6 +257,14 @@ def _make_class(base: type, stock: types.FunctionType, twins: tuple[Twin, ...]) 
     return type(f"Sparse{base.__name__}", (base, Rebound), members)
 
 
+def _introduce(kind: type, base: type) -> None:
+    # diffusers finds what stands for skipped attention by the class of the processor
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    with contextlib.suppress(ValueError):
+        AttentionProcessorRegistry.register(kind, AttentionProcessorRegistry.get(base))
+
+
 def _parts(function: Any) -> tuple[Any, ...]:
     return tuple(getattr(function, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__"))
 
@@ -362,7 +338,9 @@ def rebind(processor: Any, layer: Layer) -> Any:
     Raises:
         RuntimeError: Its attention call cannot be intercepted.
     """
-    rebound = object.__new__(_rebound_class(type(processor)))
+    kind = _rebound_class(type(processor))
+    _introduce(kind, type(processor))
+    rebound = object.__new__(kind)
     rebound.__dict__.update(processor.__dict__)
     rebound.fastdit_layer = layer
     rebound.fastdit_number = layer.number
