@@ -1,5 +1,7 @@
 """What diffusers hooks into transformers works as without us, whichever of the two is enabled first."""
 
+import functools
+
 import pytest
 import tiny
 import torch
@@ -24,12 +26,17 @@ from torch.overrides import TorchFunctionMode
 import fastdit
 from fastdit.pipelines.base import find_family
 
-TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
+TIMESTEPS = (900.0, 500.0, 300.0)
+KINDS = ("wan", "cogvideox", "hunyuan_video", "mochi", "ltx")  # one per family
 DENSE = {"method": "draft", "density": 1.0, "tile": (1, 2, 2)}
 
 
-def attention(model, index=1):
-    return find_family(model).self_attentions(model)[index][1]
+def attention(model):
+    return find_family(model).self_attentions(model)[0][1]
+
+
+def blocks(model):
+    return "blocks" if hasattr(model, "blocks") else "transformer_blocks"
 
 
 def cache(make):
@@ -45,11 +52,11 @@ def skip_scores(model, now):
 
 
 def skip_layers(**options):
-    return lambda model, now: apply_layer_skip(model, LayerSkipConfig(indices=[1], **options))
+    return lambda model, now: apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=blocks(model), **options))
 
 
 def smooth_energy(model, now):
-    _apply_smoothed_energy_guidance_hook(model, SmoothedEnergyGuidanceConfig([1]), 1.0)
+    _apply_smoothed_energy_guidance_hook(model, SmoothedEnergyGuidanceConfig([0], blocks(model)), 1.0)
 
 
 def broadcast(now):
@@ -78,7 +85,7 @@ ADDONS = {
     "pyramid attention broadcast": cache(broadcast),
     "FasterCache": cache(faster),
     "first block cache": cache(lambda now: FirstBlockCacheConfig(threshold=0.3)),
-    "MagCache": cache(lambda now: MagCacheConfig(num_inference_steps=4, retention_ratio=0.0, mag_ratios=[1.0] * 4)),
+    "MagCache": cache(lambda now: MagCacheConfig(num_inference_steps=3, retention_ratio=0.0, mag_ratios=[1.0] * 4)),
     "TaylorSeer": cache(
         lambda now: TaylorSeerCacheConfig(
             cache_interval=2, disable_cache_before_step=1, use_lite_mode=True, taylor_factors_dtype=torch.float32
@@ -91,13 +98,13 @@ ADDONS = {
     "group offload": offload,
 }
 CANNOT = {"smoothed energy guidance": ("mochi", "ltx")}  # the hooks of diffusers do not take these models
-NO_EFFECT = {"group offload": tiny.KINDS, "SeaCache": tuple(kind for kind in tiny.KINDS if kind != "wan")}
-CASES = [(kind, name) for name in ADDONS for kind in tiny.KINDS if kind not in CANNOT.get(name, ())]
+NO_EFFECT = {"group offload": KINDS, "SeaCache": KINDS[1:]}
+CASES = [(kind, name) for name in ADDONS for kind in KINDS if kind not in CANNOT.get(name, ())]
 
 
 def video(kind, name, *when):
     """Make the outputs of four steps with what is hooked in, enabled in this order; return them with the handle."""
-    model, time, handle = tiny.transformer(kind, layers=4), [0.0], None
+    model, time, handle = tiny.transformer(kind), [0.0], None
     for what in when:
         if what == "addon":
             ADDONS[name](model, lambda: time[0])
@@ -108,10 +115,15 @@ def video(kind, name, *when):
         arguments = tiny.arguments(kind, grid=(2, 6, 6))
         arguments["timestep"] = torch.full_like(arguments["timestep"], timestep)
         time[0] = timestep
-        said = {"step_index": step, "num_inference_steps": 4, "sigma": timestep / 1000}
+        said = {"step_index": step, "num_inference_steps": 3, "sigma": timestep / 1000}
         with torch.no_grad(), model.cache_context("cond", **said):
             outputs.append(model(**arguments).sample)
     return torch.stack(outputs), handle
+
+
+@functools.cache
+def plain(kind):
+    return video(kind, None)[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*intercepts the functions of torch")
@@ -119,8 +131,7 @@ def video(kind, name, *when):
 def test_addons_work_as_without_us(kind, name):
     expected, _ = video(kind, name, "addon")
     if kind not in NO_EFFECT.get(name, ()):
-        plain, _ = video(kind, name)
-        assert not torch.allclose(plain, expected, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(plain(kind), expected, rtol=1e-4, atol=2e-4)
     for when in (("addon", "ours"), ("ours", "addon")):
         found, handle = video(kind, name, *when)
         assert handle.report()["totals"]["sparse_calls"] > 0
@@ -152,6 +163,7 @@ def test_a_foreign_function_mode_gets_the_stock_call(kind):
     assert handle.report()["totals"]["sparse_calls"] == totals["calls"]
 
 
+@pytest.mark.slow
 def test_a_foreign_function_mode_acts_in_a_compiled_model():
     torch._dynamo.reset()
     model = tiny.transformer("wan", layers=1)
@@ -178,7 +190,7 @@ def test_diffusers_finds_what_it_knows_of_a_processor(kind, monkeypatch):
     AttentionProcessorRegistry.register(type(attention(model).processor), known)
     arguments = tiny.arguments(kind, grid=(2, 4, 6))
     handle = fastdit.enable_sparse_attention(model, **DENSE)
-    apply_layer_skip(model, LayerSkipConfig(indices=[0], skip_attention=False, skip_attention_scores=True))
+    apply_layer_skip(model, LayerSkipConfig([0], blocks(model), skip_attention=False, skip_attention_scores=True))
     with torch.no_grad(), pytest.warns(UserWarning, match="AttentionScoreSkipFunctionMode intercepts"):
         found = model(**arguments).sample
         handle.disable()
