@@ -27,7 +27,7 @@ ATTACHED = f"assert isinstance({UTILS}.DiffusionPipeline.sparse_attention, prope
 
 @pytest.fixture
 def run(tmp_path):
-    """Run code in a process of its own that finds a stand-in for diffusers, in a folder or in a zip file."""
+    """Run code in a process of its own that finds a stand-in for diffusers; return how it failed."""
 
     def run(code, zipped=False, **changes):
         files = {**STAND_IN, **changes}
@@ -42,7 +42,7 @@ def run(tmp_path):
                 (place / name).write_text(text)
         whole = f"import sys\nplace = {str(place)!r}\nsys.path.insert(0, place)\n" + textwrap.dedent(code)
         done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        return done.stderr if done.returncode else ""
 
     return run
 
@@ -50,7 +50,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_any_loader(run, zipped):
     """The loader of a zip file is one object for all of its modules."""
-    run(
+    failure = run(
         f"""
         import fastdit, diffusers, importlib
         assert diffusers.pipelines.after.value == 1
@@ -61,21 +61,28 @@ def test_any_loader(run, zipped):
         """,
         zipped,
     )
+    assert not failure
 
 
 def test_reloaded(run):
-    run(f"import fastdit, diffusers, importlib\nimportlib.reload(diffusers.pipelines.pipeline_utils)\n{ATTACHED}")
+    code = "import fastdit, diffusers, importlib\nimportlib.reload(diffusers.pipelines.pipeline_utils)"
+    failure = run(f"{code}\n{ATTACHED}")
+        f"import fastdit, diffusers, importlib\nimportlib.reload(diffusers.pipelines.pipeline_utils)\n{ATTACHED}"
+    )
+    assert not failure
 
 
 def test_modular_pipelines(run):
     code = "assert isinstance(module.ModularPipeline.sparse_attention, property)"
     module = "from diffusers.modular_pipelines import modular_pipeline as module"
-    run(f"import fastdit\n{module}\n{code}")
-    run(f"{module}\nimport fastdit\n{code}")
+    failure = run(f"import fastdit\n{module}\n{code}")
+    assert not failure
+    failure = run(f"{module}\nimport fastdit\n{code}")
+    assert not failure
 
 
 def test_an_import_that_fails_at_first(run):
-    run(
+    failure = run(
         f"""
         import fastdit
         try:
@@ -90,10 +97,11 @@ def test_an_import_that_fails_at_first(run):
             "class DiffusionPipeline: pass\n"
         },
     )
+    assert not failure
 
 
 def test_imported_by_a_thread_meanwhile(run):
-    run(
+    failure = run(
         f"""
         import threading
         sys.begun = threading.Event()
@@ -110,10 +118,11 @@ def test_imported_by_a_thread_meanwhile(run):
             "class DiffusionPipeline: pass\n"
         },
     )
+    assert not failure
 
 
 def test_a_finder_that_asks_all_finders(run):
-    run(
+    failure = run(
         f"""
         import fastdit
 
@@ -130,6 +139,7 @@ def test_a_finder_that_asks_all_finders(run):
         {ATTACHED}
         """
     )
+    assert not failure
 
 
 def test_a_modular_pipeline_runs_sparse():

@@ -46,8 +46,11 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     Args:
         q: ``(B, H, S, D)`` or ``(B, S, H, D)`` queries.
-        k: Keys, likewise.
-        v: Values, likewise.
+        k: ``(B, H, S, D)`` or ``(B, S, H, D)`` keys.
+        v: ``(B, H, S, D)`` or ``(B, S, H, D)`` values.
+
+    Returns:
+        Queries, keys and values, each ``(B, H, S, D)`` or ``(B, S, H, D)`` as before.
     """
     device = q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
