@@ -16,7 +16,7 @@ from .attention import AttentionMethod, get_method
 from .attention.kernels import explain_kernels, list_precisions
 from .pipelines.base import ModelFamily, find_family
 from .pipelines.context import RunTracker
-from .pipelines.intercept import install, installed, uninstall
+from .pipelines.intercept import check_modules, install, installed, uninstall
 from .pipelines.presets import find_preset
 from .pipelines.runtime import Layer, Runtime, Settings
 from .pipelines.targets import find_transformers, require_transformers
@@ -164,8 +164,8 @@ def enable_sparse_attention(
             model; nothing has changed then.
         FileNotFoundError: A file that the method needs is not there; nothing has changed then.
         TypeError: The method has no such field, or a method object is given together with fields.
-        RuntimeError: The kernel asked for cannot run on this machine; nothing has changed then. Or the attention
-            processors of the model cannot be intercepted; it runs stock then.
+        RuntimeError: The kernel asked for cannot run on this machine, or the attention processors of the model cannot
+            be intercepted; nothing has changed then.
     """
     transformers = require_transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
@@ -183,6 +183,7 @@ def enable_sparse_attention(
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
         modules = family.self_attentions(transformer)
         _check_layers(schedule, len(modules))
+        check_modules(modules)
         weights = make_weights(methods[title], transformer, len(modules))
         settings = Settings(methods[title], schedule, kernel, precision)
         runtime = Runtime(family, settings, tracker, [name for name, _ in modules], title, weights)
@@ -192,12 +193,8 @@ def enable_sparse_attention(
     if path is not None:
         handle.load_weights(path)
     disable_sparse_attention(target)
-    try:
-        for transformer, runtime, modules in prepared:
-            install(transformer, runtime, modules).owner = handle
-    except RuntimeError:
-        handle.disable()
-        raise
+    for transformer, runtime, modules in prepared:
+        install(transformer, runtime, modules).owner = handle
     return handle
 
 

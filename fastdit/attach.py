@@ -2,47 +2,91 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_MODULE = "diffusers.pipelines.pipeline_utils"
+_CLASSES = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+"""What is attached to, by module."""
 
 
 def attach() -> None:
-    """Attach to ``DiffusionPipeline`` now if diffusers is imported already, else as soon as it is."""
-    module = sys.modules.get(_MODULE)
-    if module is not None and hasattr(module, "DiffusionPipeline"):
-        _attach(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Attach to the classes of pipelines: now if their modules are imported already, and whenever they are loaded."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    for name in _CLASSES:
+        if sys.modules.get(name) is not None:
+            _attach(importlib.import_module(name))  # waits for another thread that is loading it
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder(importlib.abc.MetaPathFinder, threading.local):
+    """Find the modules as the other finders do, and see to it that they are attached to when loaded."""
+
+    def __init__(self) -> None:
+        self._asking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODULE:
+        if fullname not in _CLASSES or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                _attach(module)
-
-            spec.loader.exec_module = exec_module
+        self._asking = True  # other finders may ask all finders in turn
+        try:
+            spec = _find_elsewhere(self, fullname, path, target)
+        finally:
+            self._asking = False
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
+def _find_elsewhere(
+    finder: _Finder, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+) -> importlib.machinery.ModuleSpec | None:
+    for other in list(sys.meta_path):
+        find = None if other is finder else getattr(other, "find_spec", None)
+        spec = None if find is None else find(fullname, path, target)
+        if spec is not None:
+            return spec
+    return None
+
+
+class _Loader(importlib.abc.Loader):
+    """Load a module with its own loader, which other modules may share, and attach to it.
+
+    Args:
+        loader: The loader of the module.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _attach(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
 def _attach(module: ModuleType) -> None:
-    pipeline: Any = module.DiffusionPipeline
+    pipeline: Any = getattr(module, _CLASSES[module.__name__], None)
+    if pipeline is None:
+        return  # it is being loaded by whoever imports fastdit meanwhile
     pipeline.enable_sparse_attention = _enable
     pipeline.disable_sparse_attention = _disable
     pipeline.sparse_attention = property(_handle)

@@ -49,7 +49,6 @@ def test_attached_when_fastdit_comes_first():
     code = (
         "import sys, fastdit; assert 'torch' not in sys.modules; from diffusers import DiffusionPipeline as Pipe;"
         "assert Pipe.enable_sparse_attention and Pipe.disable_sparse_attention and Pipe.sparse_attention;"
-        "assert not any(type(finder).__module__ == 'fastdit.attach' for finder in sys.meta_path)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -168,6 +168,13 @@ def test_what_fits():
         fitting.method("transformer_2")
     assert mark == config_hash(dict(model.config) | {"_name_or_path": "x", "new_option": None, "other": False})
     assert mark != config_hash(dict(model.config) | {"num_layers": 9})
+    for name, value in {
+        "quantization_config": {"quant_method": "torchao", "quant_type": "int8wo"},
+        "_pre_quantization_dtype": torch.bfloat16,
+        "dtype": "bfloat16",
+        "torch_dtype": "float16",
+    }.items():
+        assert mark == config_hash(dict(model.config) | {name: value}), name
 
 
 def test_the_method_of_a_plan():

@@ -10,7 +10,15 @@ from typing import Any
 from torch.nn import Module
 
 from .crossing import add_crossings
-from .rebind import Rebound, rebind, stock_attributes, stock_processor
+from .rebind import (
+    Rebound,
+    check_interceptable,
+    follow_patches,
+    rebind,
+    stock_attributes,
+    stock_class,
+    stock_processor,
+)
 from .runtime import Runtime
 from .weights import ATTRIBUTE as WEIGHTS
 
@@ -47,10 +55,10 @@ class Installation:
         return _nothing, ()
 
     def check(self) -> None:
-        """Check that the processors are still ours.
+        """Check that the processors are still ours, and let patched functions act.
 
         Raises:
-            RuntimeError: One was replaced.
+            RuntimeError: A processor was replaced, or its ``__call__`` patched.
         """
         for (module, _, rebound), layer in zip(self.replaced, self.runtime.layers, strict=True):
             if module.processor is not rebound:
@@ -59,6 +67,7 @@ class Installation:
                     "sparse attention was enabled (fuse_qkv_projections() and set_attn_processor() do that): change "
                     "processors first, then call enable_sparse_attention() again"
                 )
+        follow_patches(rebound for _, _, rebound in self.replaced)
 
 
 def _nothing() -> None:
@@ -74,27 +83,38 @@ def installed(transformer: Module) -> Installation | None:
     return transformer.__dict__.get(ATTRIBUTE)
 
 
+def check_modules(modules: list[tuple[str, Module]]) -> None:
+    """Check that the attention of modules can be intercepted; nothing is changed.
+
+    Args:
+        modules: Self-attention modules by path.
+
+    Raises:
+        RuntimeError: It cannot.
+    """
+    for name, module in modules:
+        processor = getattr(module, "processor", None)
+        if processor is None:
+            raise RuntimeError(f"{name} ({type(module).__name__}) has no attention processor to intercept")
+        check_interceptable(processor)
+
+
 def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Module]]) -> Installation:
     """Lead the attention calls of a transformer to a runtime.
 
     Args:
         transformer: The model; nothing is installed on it.
         runtime: What runs its attention.
-        modules: Its self-attention modules by path, as many as the runtime has layers.
-
-    Raises:
-        RuntimeError: A processor cannot be intercepted; then nothing has been changed.
+        modules: Its self-attention modules by path, as many as the runtime has layers; ``check_modules`` takes them.
     """
     # imported late, because it loads torch's compiler
     from .hooks import after_forward, before_forward, cache_context
 
     replaced = []
-    for (name, module), layer in zip(modules, runtime.layers, strict=True):
-        processor = getattr(module, "processor", None)
-        if processor is None:
-            raise RuntimeError(f"{name} ({type(module).__name__}) has no attention processor to intercept")
+    for (_, module), layer in zip(modules, runtime.layers, strict=True):
+        processor: Any = module.processor
         if isinstance(processor, Rebound):
-            processor = stock_processor(type(processor).__mro__[1], stock_attributes(processor))
+            processor = stock_processor(stock_class(processor), stock_attributes(processor))
         replaced.append((module, processor, rebind(processor, layer)))
     for module, _, rebound in replaced:
         module.processor = rebound
@@ -125,8 +145,8 @@ def uninstall(transformer: Module) -> None:
         return
     for handle in installation.handles:
         handle.remove()
-    listener = transformer.__dict__.get("cache_context")
-    if getattr(listener, "__func__", None) is installation.listener:
+    listener = getattr(transformer.__dict__.get("cache_context"), "__func__", None)
+    if listener is not None and listener is installation.listener:
         del transformer.__dict__["cache_context"]
     if installation.runtime.weights is not None:
         transformer._modules.pop(WEIGHTS, None)

@@ -8,12 +8,13 @@ causes another compilation. With gradients it runs between graphs instead, where
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
+from .obstacles import as_autocast, find_obstacle
 from .runtime import LAYERS, Layer
+from .twins import Twin, find_twin
 
 _CALLS = ("dispatch_attention_fn", "scaled_dot_product_attention")
-_PREFIX = "_fastdit_rebound."
 
 
 class _Current(threading.local):
@@ -46,6 +48,7 @@ def _attend(
     heads_first: bool,
     stock: Callable[[], Tensor],
 ) -> Tensor:
+    q, k, v = as_autocast(q, k, v)
     if not heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     call = layer.plan(q, k, v, mask, scale, obstacle)
@@ -63,7 +66,7 @@ def attend_numbered(
     layer: Tensor,
     scale: float | None,
     backend: str | None,
-    heads_first: bool,
+    source: str | None,
 ) -> Tensor:
     """Run an attention call of a compiled transformer: ``(B, H, S, D)`` or ``(B, S, H, D)``, as the model has it.
 
@@ -75,17 +78,16 @@ def attend_numbered(
         layer: ``()`` int64, number of the layer.
         scale: The softmax scale the model passes.
         backend: The backend of diffusers that the model names.
-        heads_first: Whether heads come before tokens.
+        source: The module whose ``dispatch_attention_fn`` the model calls, with tokens before heads; ``None`` where it
+            calls PyTorch's attention, with heads before tokens.
     """
 
     def stock() -> Tensor:
-        if heads_first:
+        if source is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        from diffusers.models import attention_dispatch
+        return sys.modules[source].dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
 
-        return attention_dispatch.dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
-
-    return _attend(LAYERS[int(layer)], q, k, v, mask, scale, None, heads_first, stock)
+    return _attend(LAYERS[int(layer)], q, k, v, mask, scale, None, source is None, stock)
 
 
 # Layer, step and what a method remembers decide what it does: a CUDA graph would repeat what it did in one of them.
@@ -101,9 +103,9 @@ def _attention(
     layer: Tensor,
     scale: float | None,
     backend: str | None,
-    heads_first: bool,
+    source: str | None,
 ) -> Tensor:
-    return attend_numbered(q, k, v, mask, layer, scale, backend, heads_first).contiguous()
+    return attend_numbered(q, k, v, mask, layer, scale, backend, source).contiguous()
 
 
 @_attention.register_fake
@@ -115,7 +117,7 @@ def _(
     layer: Tensor,
     scale: float | None,
     backend: str | None,
-    heads_first: bool,
+    source: str | None,
 ) -> Tensor:
     return torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
 
@@ -123,24 +125,9 @@ def _(
 def _compiled(learns: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     from .hooks import attend_between_graphs
 
+    q, k, v = as_autocast(q, k, v)
     trains = torch.is_grad_enabled() and (learns or q.requires_grad or k.requires_grad or v.requires_grad)
     return attend_between_graphs(q, k, v, *rest) if trains else _attention(q, k, v, *rest)
-
-
-def _obstacle(mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool, options: dict[str, Any]) -> str | None:
-    if options.get("parallel_config") is not None:
-        return "context parallelism splits the sequence"
-    if is_causal:
-        return "the model asks for causal attention"
-    if dropout_p:
-        return "the model asks for attention dropout"
-    if enable_gqa:
-        return "the model asks for grouped queries"
-    if options.get("attention_kwargs"):
-        return "the model passes attention_kwargs"
-    if mask is not None and not isinstance(mask, Tensor):
-        return f"the model passes a {type(mask).__name__} of its own"
-    return None
 
 
 def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
@@ -157,14 +144,14 @@ def _dispatch_shim(source: types.ModuleType) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         options["attention_kwargs"] = attention_kwargs
-        obstacle = _obstacle(attn_mask, dropout_p, is_causal, enable_gqa, options)
+        obstacle = find_obstacle(attn_mask, dropout_p, is_causal, enable_gqa, options)
         processor = _CURRENT.processor
         layer = None if processor is None else processor.fastdit_layer
         if layer is not None and obstacle is None and torch.compiler.is_compiling():
             backend = options.get("backend")
             backend = backend if backend is None or type(backend) is str else backend.value
             number, learns = processor.fastdit_number, processor.fastdit_learns
-            return _compiled(learns, query, key, value, attn_mask, number, scale, backend, False)
+            return _compiled(learns, query, key, value, attn_mask, number, scale, backend, source.__name__)
 
         def stock():
             return source.dispatch_attention_fn(
@@ -188,12 +175,12 @@ def _sdpa_shim(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    obstacle = _obstacle(attn_mask, dropout_p, is_causal, enable_gqa, {})
+    obstacle = find_obstacle(attn_mask, dropout_p, is_causal, enable_gqa, {})
     processor = _CURRENT.processor
     layer = None if processor is None else processor.fastdit_layer
     if layer is not None and obstacle is None and torch.compiler.is_compiling():
         number, learns = processor.fastdit_number, processor.fastdit_learns
-        return _compiled(learns, query, key, value, attn_mask, number, scale, None, True)
+        return _compiled(learns, query, key, value, attn_mask, number, scale, None, None)
 
     def stock():
         return F.scaled_dot_product_attention(
@@ -212,50 +199,47 @@ def _sdpa_shim(
     return _attend(layer, query, key, value, attn_mask, scale, obstacle, True, stock)
 
 
-def _twin(source: types.ModuleType, replaced: dict[str, Any]) -> types.ModuleType:
-    # Dynamo looks names up in sys.modules, so the twin has to be there under a name of its own.
-    name = _PREFIX + source.__name__
-    if name not in sys.modules:
-        twin = types.ModuleType(name)
-        kept = {key: value for key, value in vars(source).items() if key not in ("__name__", "__spec__", "__loader__")}
-        twin.__dict__.update(kept)
-        twin.__dict__.update((key, value) for key, value in replaced.items() if key in kept)
-        sys.modules[name] = twin
-    return sys.modules[name]
+_CLASSES: dict[type, type[Rebound]] = {}
 
 
-def _refuse(processor: Any, why: str) -> RuntimeError:
+def _refuse(processor: type, why: str) -> RuntimeError:
     return RuntimeError(
-        f"cannot intercept the attention of {type(processor).__name__}: {why}. It belongs to another add-on or to a "
+        f"cannot intercept the attention of {processor.__name__}: {why}. It belongs to another add-on or to a "
         "diffusers version that works differently; reset the model's attention processors, or use diffusers >= 0.38"
     )
 
 
-_CLASSES: dict[type, type] = {}
-
-
-def _rebound_class(processor: Any) -> type:
-    base = type(processor)
-    if base in _CLASSES:
-        return _CLASSES[base]
-    if isinstance(processor, Module):
-        raise _refuse(processor, "it is a module with weights of its own")
+def _rebound_class(base: type) -> type[Rebound]:
+    if issubclass(base, Module):
+        raise _refuse(base, "it is a module with weights of its own")
     stock = inspect.getattr_static(base, "__call__", None)
     if not isinstance(stock, types.FunctionType):
-        raise _refuse(processor, "its __call__ is no plain function")
+        raise _refuse(base, "its __call__ is no plain function")
     if not any(name in stock.__code__.co_names for name in _CALLS):
-        raise _refuse(processor, f"its __call__ uses neither {_CALLS[0]} nor {_CALLS[1]}")
-    source = sys.modules[stock.__module__]
-    functional = _twin(F, {"scaled_dot_product_attention": _sdpa_shim})
-    shims = {"dispatch_attention_fn": _dispatch_shim(source), "F": functional}
-    if not any(name in vars(source) for name in shims):
-        raise _refuse(processor, f"{source.__name__} holds neither of {', '.join(shims)}")
-    twin = _twin(source, shims)
-    inner = types.FunctionType(stock.__code__, vars(twin), stock.__name__, stock.__defaults__, stock.__closure__)
+        raise _refuse(base, f"its __call__ uses neither {_CALLS[0]} nor {_CALLS[1]}")
+    source = sys.modules.get(stock.__globals__.get("__name__", ""))
+    if source is None or vars(source) is not stock.__globals__:
+        raise _refuse(base, "its __call__ comes from no module that is loaded")
+    functional = find_twin(F, lambda: {"scaled_dot_product_attention": _sdpa_shim})
+    twin = find_twin(source, lambda: {"dispatch_attention_fn": _dispatch_shim(source), "F": functional.module})
+    if not any(name in vars(source) for name in twin.replaced):
+        raise _refuse(base, f"{source.__name__} holds neither of {', '.join(twin.replaced)}")
+    known = _CLASSES.get(base)
+    if known is None or known.fastdit_changed() or known.fastdit_twins != (functional, twin):
+        known = _CLASSES[base] = _make_class(base, stock, (functional, twin))
+    return known
+
+
+def _make_class(base: type, stock: types.FunctionType, twins: tuple[Twin, ...]) -> type[Rebound]:
+    namespace = vars(twins[-1].module)
+    inner = types.FunctionType(stock.__code__, namespace, stock.__name__, stock.__defaults__, stock.__closure__)
     inner.__kwdefaults__ = stock.__kwdefaults__
 
     def __call__(self, *args, **kwargs):
         previous, _CURRENT.processor = _CURRENT.processor, self
+        layer = self.fastdit_layer
+        if layer is not None and not torch.compiler.is_compiling():
+            layer.entered()
         try:
             return inner(self, *args, **kwargs)
         finally:
@@ -263,9 +247,26 @@ def _rebound_class(processor: Any) -> type:
 
     # attention modules drop the arguments that a processor's signature does not list
     __call__.__signature__ = inspect.signature(stock)
-    members = {"__call__": __call__, "__deepcopy__": _copy_processor, "__reduce__": _pickle_processor}
-    _CLASSES[base] = type(f"Sparse{base.__name__}", (base, Rebound), members)
-    return _CLASSES[base]
+    members = {
+        "__call__": __call__,
+        "__deepcopy__": _copy_processor,
+        "__reduce__": _pickle_processor,
+        "fastdit_stock": (stock, _parts(stock)),
+        "fastdit_twins": twins,
+    }
+    return type(f"Sparse{base.__name__}", (base, Rebound), members)
+
+
+def _introduce(kind: type, base: type) -> None:
+    # diffusers finds what stands for skipped attention by the class of the processor
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    with contextlib.suppress(ValueError):
+        AttentionProcessorRegistry.register(kind, AttentionProcessorRegistry.get(base))
+
+
+def _parts(function: Any) -> tuple[Any, ...]:
+    return tuple(getattr(function, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__"))
 
 
 class Rebound:
@@ -274,6 +275,57 @@ class Rebound:
     fastdit_layer: Layer | None = None
     fastdit_number: Tensor | None = None
     fastdit_learns: bool = False  # whether the method has weights of its own, which a frozen model may train
+    fastdit_stock: tuple[Any, tuple[Any, ...]]
+    fastdit_twins: tuple[Twin, ...]
+
+    @classmethod
+    def fastdit_changed(cls) -> bool:
+        """Say whether the stock ``__call__`` is another now."""
+        function, parts = cls.fastdit_stock
+        current = inspect.getattr_static(cls.__mro__[1], "__call__", None)
+        return current is not function or _parts(current) != parts
+
+
+def stock_class(processor: Any) -> type:
+    """Return the class of a processor, the stock one of a processor of ours.
+
+    Args:
+        processor: The processor.
+    """
+    kind = type(processor)
+    return kind.__mro__[1] if issubclass(kind, Rebound) else kind
+
+
+def check_interceptable(processor: Any) -> None:
+    """Check that the attention call of a processor can be intercepted.
+
+    Args:
+        processor: A stock processor, or one of ours.
+
+    Raises:
+        RuntimeError: It cannot.
+    """
+    _rebound_class(stock_class(processor))
+
+
+def follow_patches(processors: Iterable[Any]) -> None:
+    """Let functions act that were patched since processors were bound again.
+
+    Args:
+        processors: Processors of ours.
+
+    Raises:
+        RuntimeError: The ``__call__`` of a stock processor was patched, which no processor of ours can follow.
+    """
+    kinds: set[type[Rebound]] = {type(processor) for processor in processors}
+    for kind in kinds:
+        if kind.fastdit_changed():
+            raise RuntimeError(
+                f"the __call__ of {kind.__mro__[1].__name__} was replaced after sparse attention was enabled: call "
+                "enable_sparse_attention() again"
+            )
+    for twin in {twin for kind in kinds for twin in kind.fastdit_twins}:
+        twin.refresh()
 
 
 def rebind(processor: Any, layer: Layer) -> Any:
@@ -286,7 +338,9 @@ def rebind(processor: Any, layer: Layer) -> Any:
     Raises:
         RuntimeError: Its attention call cannot be intercepted.
     """
-    rebound = object.__new__(_rebound_class(processor))
+    kind = _rebound_class(type(processor))
+    _introduce(kind, type(processor))
+    rebound = object.__new__(kind)
     rebound.__dict__.update(processor.__dict__)
     rebound.fastdit_layer = layer
     rebound.fastdit_number = layer.number
@@ -313,7 +367,7 @@ def _copy_processor(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _pickle_processor(self: Any) -> Any:
-    return stock_processor, (type(self).__mro__[1], stock_attributes(self))
+    return stock_processor, (stock_class(self), stock_attributes(self))
 
 
 def stock_processor(base: type, attributes: dict[str, Any]) -> Any:

@@ -109,6 +109,9 @@ class Layer:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         return copy.deepcopy(self.runtime, memo).layers[self.index]
 
+    def entered(self) -> None:
+        """Take note that the model has called the processor of this layer."""
+
     def plan(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, obstacle: str | None
     ) -> AttentionCall | None:

@@ -37,7 +37,8 @@ def require_transformers(target: Any) -> dict[str, Module]:
     transformers = find_transformers(target)
     if not transformers:
         raise ValueError(
-            f"{type(target).__name__} has no transformer; give a diffusers video pipeline or its transformer"
+            f"{type(target).__name__} has no transformer; give a diffusers video pipeline or its transformer, "
+            "a modular pipeline after load_components()"
         )
     return transformers
 

@@ -28,6 +28,7 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,127}"
 _CELLS = {"errors": (0.0, MAX_NUMBER), "densities": (0.0, 1.0), "seconds": (0.0, MAX_NUMBER)}
 _SAMPLED = {"error_means": (0.0, MAX_NUMBER), "error_stds": (0.0, MAX_NUMBER), "recalls": (0.0, 1.0)}
 _RUN = ("steps", "scheduler", "guidance", "prompts", "precision")
+_STORAGE = ("quantization_config", "dtype", "torch_dtype")
 _EXPECTED = ("density", "speedup", "error")
 _ENTRIES = (
     "buckets",
@@ -273,12 +274,17 @@ class Plan:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return a hash of what shapes a model: its configuration without private entries and those that are off.
 
-    New versions of diffusers add options, which are ``None`` or ``False`` unless they are used.
+    New versions of diffusers add options, which are ``None`` or ``False`` unless they are used. How weights are stored
+    does not shape a model: a quantised one has the hash of the one that it was made from.
 
     Args:
         config: The configuration, such as ``transformer.config``.
     """
-    kept = {k: v for k, v in config.items() if not k.startswith("_") and v is not None and v is not False}
+    kept = {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in _STORAGE and value is not None and value is not False
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
