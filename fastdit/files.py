@@ -1,12 +1,18 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, the names they may have, and lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import os
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+LONGEST_NAME = 255
+"""Bytes that file systems allow for a name."""
 
 
 @contextmanager
@@ -16,7 +22,8 @@ def moved_when_complete(path: Path) -> Iterator[Path]:
     Args:
         path: The file in the end.
     """
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    # both parts are cut, so that a name of full length has a temporary one too
+    part = path.with_name(f".{cut(path.stem, 100)}.{uuid.uuid4().hex[:8]}.part{cut(path.suffix, 100)}")
     try:
         yield part
         with part.open("rb+") as file:
@@ -24,3 +31,46 @@ def moved_when_complete(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def cut(text: str, size: int) -> str:
+    """Return the beginning of a text, without half a letter at its end.
+
+    Args:
+        text: The text.
+        size: Bytes it may have in UTF-8, at least 0.
+    """
+    return os.fsencode(text)[:size].decode(errors="ignore")
+
+
+def folded(name: str) -> str:
+    """Return what names have in common that some file systems take for the same: letters whatever their case or form.
+
+    Args:
+        name: The name.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the objects in a file of JSON lines, each with the number of its line from 1.
+
+    Lines end at a line feed only. One that was cut off, by whatever stopped the program that wrote it, is left out.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: A line is no JSON object, not even the beginning of one.
+        OSError: The file cannot be read.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        line = line.strip(b" \t\r\0")  # a machine that stopped may have left zeros
+        if not line:
+            continue
+        if not line.startswith(b"{"):
+            raise ValueError(f"{path}, line {number}: this is no JSON object; give a file of JSON lines")
+        try:
+            yield number, json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import typer
 
 ATTENTION, VIDEO, MACHINE, OUTPUT = "Sparse attention", "Video", "Machine", "Output"
+
+
+MOST, MOST_PIXELS = 100_000, 65_536
+"""More frames, steps or pixels than these are a slip of the pen."""
+
+SEEDS = {"min": -(2**63), "max": 2**64 - 1}
+"""What torch takes."""
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number, if it is one.
+
+    Args:
+        value: The number; ``None`` where nothing was said.
+
+    Raises:
+        BadParameter: It is NaN or Inf, which no range of numbers leaves out.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def readable(value: str | None) -> str | None:
+    """Return a text that can be written to a file.
+
+    Args:
+        value: The text; ``None`` where nothing was said.
+
+    Raises:
+        BadParameter: It has bytes that are no letters.
+    """
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"{value!r} has bytes that are not text in UTF-8.") from error
+    return value
 
 
 def _unset(*names: str, **about: Any) -> Any:
@@ -40,12 +78,17 @@ Precision = Annotated[
     Literal["int8", "int8_fp8"] | None, _unset(help="Products in low precision.", rich_help_panel=ATTENTION)
 ]
 
-Height = Annotated[int | None, _unset(min=1, help="Pixels.", rich_help_panel=VIDEO)]
-Width = Annotated[int | None, _unset(min=1, help="Pixels.", rich_help_panel=VIDEO)]
-Frames = Annotated[int | None, _unset(min=1, help="Length of the video.", rich_help_panel=VIDEO)]
-Steps = Annotated[int | None, _unset(min=1, help="Denoising steps.", rich_help_panel=VIDEO)]
-Guidance = Annotated[float | None, _unset(min=0, help="How strongly the prompt is followed.", rich_help_panel=VIDEO)]
-NegativePrompt = Annotated[str | None, _unset(help="What the video shall not show.", rich_help_panel=VIDEO)]
+Height = Annotated[int | None, _unset(min=1, max=MOST_PIXELS, help="Pixels.", rich_help_panel=VIDEO)]
+Width = Annotated[int | None, _unset(min=1, max=MOST_PIXELS, help="Pixels.", rich_help_panel=VIDEO)]
+Frames = Annotated[int | None, _unset(min=1, max=MOST, help="Length of the video.", rich_help_panel=VIDEO)]
+Steps = Annotated[int | None, _unset(min=1, max=MOST, help="Denoising steps.", rich_help_panel=VIDEO)]
+Guidance = Annotated[
+    float | None,
+    _unset(min=0, callback=finite, help="How strongly the prompt is followed.", rich_help_panel=VIDEO),
+]
+NegativePrompt = Annotated[
+    str | None, _unset(callback=readable, help="What the video shall not show.", rich_help_panel=VIDEO)
+]
 
 Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
