@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,28 @@ def folded(name: str) -> str:
         name: The name.
     """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def distinct_names(texts: Iterable[str], other: str, size: int) -> dict[str, str]:
+    """Return a name for each text: itself, unless a file system would refuse it or take it for the name of another.
+
+    A text that had to be changed gets the beginning of its SHA-256 behind it, so that its name is that of every run.
+
+    Args:
+        texts: The texts.
+        other: A regular expression of the letters that become ``_``.
+        size: Bytes of a name, at least 20.
+    """
+    plain = {text: cut(re.sub(other, "_", text), size - 9) for text in texts}
+    common = Counter(map(folded, plain.values()))
+    return {
+        text: name if name == text and common[folded(name)] == 1 else f"{name}-{_digest(text)}"
+        for text, name in plain.items()
+    }
+
+
+def _digest(text: str) -> str:
+    return sha256(os.fsencode(text)).hexdigest()[:8]
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:

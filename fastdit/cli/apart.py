@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-Named = tuple[str, "Path | None"]
+Named = tuple[str, Path | None]
 """What a file is, or which option names it, and the file; ``None`` where there is none."""
 
 
@@ -29,12 +29,16 @@ def check_apart(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
             continue
         for key in _keys(path):
             if key in known:
-                raise InputError(_clash(what, path, *known[key]))
+                other, place = known[key]
+                raise InputError(
+                    f"{what} and {other} are the same file, {path} and {place}; give one of them another name"
+                )
         for parent in Path(os.path.realpath(path)).parents:
             for key in _keys(parent):
                 if key in folders:
-                    raise InputError(_clash(what, path, *folders[key]))
-        known |= {key: (what, path) for key in _keys(path)}
+                    other, place = folders[key]
+                    raise InputError(f"{what} {path} is inside {other} {place}, which is read; give another place")
+        known |= dict.fromkeys(_keys(path), (what, path))
 
 
 def plan_files(path: Path | None, what: str = "--plan") -> Iterator[Named]:
@@ -55,7 +59,3 @@ def _keys(path: Path) -> Iterator[Hashable]:
     if os.path.exists(real):  # hard links, and file systems that do not tell A from a
         about = os.stat(real)
         yield about.st_dev, about.st_ino
-
-
-def _clash(what: str, path: Path, other: str, place: Path) -> str:
-    return f"{what} and {other} are the same, or one in the other: {path} and {place}; name another file for one of them"

@@ -43,7 +43,7 @@ def inspect(
     if (layer is None) != (head is None):
         raise InputError("--layer and --head name a head together: give both")
     if output is not None:
-        _check_pictures(output)
+        _check_pictures(output, plan)
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.working():
         from ..search.plan import Plan
@@ -68,8 +68,9 @@ def inspect(
     screen.result(value, *tables)
 
 
-def _check_pictures(folder: Path) -> None:
+def _check_pictures(folder: Path, plan: Path) -> None:
     from ..search.plots import check_matplotlib
+    from .apart import check_apart
     from .video import check_folder
 
     try:
@@ -77,6 +78,8 @@ def _check_pictures(folder: Path) -> None:
     except ImportError as error:
         raise InputError(str(error)) from error
     check_folder(folder, new=True)
+    if plan.suffix.lower() == ".png":  # whatever the pictures are called, one might be this
+        check_apart([("a picture", folder / plan.name)], [("the plan", plan)])
 
 
 def _titles(plan: Plan, asked: str | None) -> list[str]:
