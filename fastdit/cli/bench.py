@@ -101,13 +101,12 @@ def quality(
     count: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=options.MOST,
+            callback=options.COUNT,
             help="How many prompts (default: all of a file, 4 of the demo's).",
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=options.MOST, help="Seeds of each.")] = 1,
+    seeds: Annotated[int, typer.Option(callback=options.COUNT, help="Seeds of each.")] = 1,
     settings: own.Settings = None,
     means: own.Means = False,
     densities: own.Densities = "0.2,0.35",

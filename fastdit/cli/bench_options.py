@@ -33,8 +33,8 @@ Against = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run, and about how long.", rich_help_panel=OUTPUT)
 ]
-Seed = Annotated[int, typer.Option(**options.SEEDS, help="Of everything that is random.")]
-Repeats = Annotated[int, typer.Option(min=1, max=options.MOST, help="Rounds after the warm-up.")]
+Seed = Annotated[int, typer.Option(callback=options.SEED, help="Of everything that is random.")]
+Repeats = Annotated[int, typer.Option(callback=options.COUNT, help="Rounds after the warm-up.")]
 Densities = Annotated[
     str, typer.Option(help="Fractions of the pairs to compute, as in 0.1,0.2.", rich_help_panel=ATTENTION)
 ]
@@ -206,8 +206,8 @@ def read_blocks(text: str) -> tuple[int, int]:
         queries, keys = (int(part) for part in text.split("x"))
     except ValueError as error:
         raise InputError(f"blocks are QUERIESxKEYS, as in 128x64; got {text!r}") from error
-    if min(queries, keys) < 1:
-        raise InputError(f"blocks hold at least one query and one key, got {text!r}")
+    if min(queries, keys) < 1 or max(queries, keys) > options.MOST:
+        raise InputError(f"blocks hold at least one query and one key, and at most {options.MOST}, got {text!r}")
     return queries, keys
 
 

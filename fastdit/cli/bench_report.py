@@ -63,7 +63,12 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
     rows = [row for path in results for row in read(path)]
     if not rows:
         raise InputError(f"there are no results in {', '.join(map(str, results))}")
-    text = markdown(rows) if output.suffix.lower() == ".md" else html(rows)
+    try:
+        text = markdown(rows) if output.suffix.lower() == ".md" else html(rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"a row in {', '.join(map(str, results))} lacks what a report shows ({error!r}); is it of another version?"
+        ) from error
     with moved_when_complete(output) as part:
         part.write_text(text, encoding="utf-8")
     return output

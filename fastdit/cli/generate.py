@@ -65,16 +65,14 @@ def generate(
     frames: options.Frames = None,
     steps: options.Steps = None,
     seed: Annotated[
-        int, typer.Option(**options.SEEDS, help="Of the noise; the same for every prompt.", rich_help_panel=VIDEO)
+        int, typer.Option(callback=options.SEED, help="Of the noise; the same for every prompt.", rich_help_panel=VIDEO)
     ] = 0,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     fps: Annotated[
         float | None,
         typer.Option(
-            min=1,
-            max=240,
-            callback=options.finite,
+            callback=options.within(1, 240),
             help="Frames per second of the file.",
             rich_help_panel=VIDEO,
             show_default=False,

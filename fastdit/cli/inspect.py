@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from . import options
 from .errors import InputError, as_input_error, guarded
 from .screen import Screen, add_row, number, plain_table
 
@@ -22,9 +23,15 @@ if TYPE_CHECKING:
 def inspect(
     plan: Annotated[Path, typer.Argument(help="A plan that fastdit search has written.", show_default=False)],
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Show only one head: that of this layer.", show_default=False)
+        int | None,
+        typer.Option(
+            callback=options.within(0, options.MOST), help="Show only one head: that of this layer.", show_default=False
+        ),
     ] = None,
-    head: Annotated[int | None, typer.Option(min=0, help="Which of the layer's heads.", show_default=False)] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(callback=options.within(0, options.MOST), help="Which of the layer's heads.", show_default=False),
+    ] = None,
     transformer: Annotated[
         str | None,
         typer.Option(help="Which of two, such as transformer_2 (default: both).", show_default=False),

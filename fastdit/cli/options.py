@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,22 +13,27 @@ ATTENTION, VIDEO, MACHINE, OUTPUT = "Sparse attention", "Video", "Machine", "Out
 MOST, MOST_PIXELS = 100_000, 65_536
 """More frames, steps or pixels than these are a slip of the pen."""
 
-SEEDS = {"min": -(2**63), "max": 2**64 - 1}
-"""What torch takes."""
 
-
-def finite(value: float | None) -> float | None:
-    """Return a number, if it is one.
+def within(low: float, high: float) -> Any:
+    """Return a callback of an option that refuses numbers out of a range, and says what they were.
 
     Args:
-        value: The number; ``None`` where nothing was said.
-
-    Raises:
-        BadParameter: It is NaN or Inf, which no range of numbers leaves out.
+        low: The smallest.
+        high: The largest; no range has NaN in it.
     """
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise typer.BadParameter(f"it must be in [{low}, {high}], got {value}")
+        return value
+
+    return check
+
+
+FINITE = within(-sys.float_info.max, sys.float_info.max)
+COUNT = within(1, MOST)
+SEED = within(-(2**63), 2**64 - 1)
+"""What torch takes."""
 
 
 def readable(value: str | None) -> str | None:
@@ -78,13 +83,13 @@ Precision = Annotated[
     Literal["int8", "int8_fp8"] | None, _unset(help="Products in low precision.", rich_help_panel=ATTENTION)
 ]
 
-Height = Annotated[int | None, _unset(min=1, max=MOST_PIXELS, help="Pixels.", rich_help_panel=VIDEO)]
-Width = Annotated[int | None, _unset(min=1, max=MOST_PIXELS, help="Pixels.", rich_help_panel=VIDEO)]
-Frames = Annotated[int | None, _unset(min=1, max=MOST, help="Length of the video.", rich_help_panel=VIDEO)]
-Steps = Annotated[int | None, _unset(min=1, max=MOST, help="Denoising steps.", rich_help_panel=VIDEO)]
+Height = Annotated[int | None, _unset(callback=within(1, MOST_PIXELS), help="Pixels.", rich_help_panel=VIDEO)]
+Width = Annotated[int | None, _unset(callback=within(1, MOST_PIXELS), help="Pixels.", rich_help_panel=VIDEO)]
+Frames = Annotated[int | None, _unset(callback=COUNT, help="Length of the video.", rich_help_panel=VIDEO)]
+Steps = Annotated[int | None, _unset(callback=COUNT, help="Denoising steps.", rich_help_panel=VIDEO)]
 Guidance = Annotated[
     float | None,
-    _unset(min=0, callback=finite, help="How strongly the prompt is followed.", rich_help_panel=VIDEO),
+    _unset(callback=within(0, sys.float_info.max), help="How strongly the prompt is followed.", rich_help_panel=VIDEO),
 ]
 NegativePrompt = Annotated[
     str | None, _unset(callback=readable, help="What the video shall not show.", rich_help_panel=VIDEO)

@@ -45,7 +45,7 @@ def search(
     budget: Annotated[
         float | None,
         typer.Option(
-            callback=options.finite,
+            callback=options.FINITE,
             help="Mean density of the sparse calls, in (0, 1] (default: 0.25).",
             rich_help_panel=LIMIT,
             show_default=False,
@@ -54,7 +54,7 @@ def search(
     target_speedup: Annotated[
         float | None,
         typer.Option(
-            callback=options.finite,
+            callback=options.FINITE,
             help="How many times as fast as dense the attention of a whole run shall be.",
             rich_help_panel=LIMIT,
             show_default=False,
@@ -69,7 +69,7 @@ def search(
     max_error: Annotated[
         float | None,
         typer.Option(
-            callback=options.finite,
+            callback=options.FINITE,
             help="Relative error of a layer's output, root mean square: 0.1 is 10 %.",
             rich_help_panel=LIMIT,
             show_default=False,
@@ -91,7 +91,7 @@ def search(
     max_kinds: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            callback=options.COUNT,
             help="How many of them the heads of a layer may use; not by a preset's own rule.",
             rich_help_panel=CHOICE,
             show_default=False,
@@ -112,8 +112,7 @@ def search(
     buckets: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=options.MOST,
+            callback=options.COUNT,
             help="Parts of the run that may have methods of their own (default: 3).",
             rich_help_panel=ATTENTION,
             show_default=False,
@@ -122,8 +121,7 @@ def search(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=options.MOST,
+            callback=options.COUNT,
             help="Steps of each part to look at (default: 1).",
             rich_help_panel=ATTENTION,
             show_default=False,
@@ -138,7 +136,7 @@ def search(
     seed: Annotated[
         int,
         typer.Option(
-            **options.SEEDS, help="Of the noise of the first prompt; others have the next.", rich_help_panel=VIDEO
+            callback=options.SEED, help="Of the noise of the first prompt; others have the next.", rich_help_panel=VIDEO
         ),
     ] = 0,
     guidance: options.Guidance = None,
