@@ -56,9 +56,9 @@ def folded(name: str) -> str:
 
 
 def distinct_names(texts: Iterable[str], other: str, size: int) -> dict[str, str]:
-    """Return a name for each text: itself, unless a file system would refuse it or take it for the name of another.
+    """Return a name for each text: itself, with ``_`` for what names do not have, and cut to a length.
 
-    A text that had to be changed gets the beginning of its SHA-256 behind it, so that its name is that of every run.
+    Those that a file system would take for the same have the beginning of the text's SHA-256 behind them.
 
     Args:
         texts: The texts.
@@ -67,10 +67,7 @@ def distinct_names(texts: Iterable[str], other: str, size: int) -> dict[str, str
     """
     plain = {text: cut(re.sub(other, "_", text), size - 9) for text in texts}
     common = Counter(map(folded, plain.values()))
-    return {
-        text: name if name == text and common[folded(name)] == 1 else f"{name}-{_digest(text)}"
-        for text, name in plain.items()
-    }
+    return {text: name if common[folded(name)] == 1 else f"{name}-{_digest(text)}" for text, name in plain.items()}
 
 
 def _digest(text: str) -> str:

@@ -211,7 +211,6 @@ def refused(*arguments, code=2):
         (("a cat", "--report", "a-cat.mp4"), ("--report and the video are the same file",)),
         (("a cat", "-o", "c.mp4", "--compare", "--report", "c.dense.mp4"), ("--report and the dense video",)),
         (("--prompts", "two.txt", "--report", "./two.txt"), ("--report and --prompts",)),
-        (("a cat", "--method", "paro", "--set", "plan=two.txt", "--report", "two.txt"), ("two.txt",)),
         (("a cat", "--model", folder(), "--report", folder() / "model_index.json"), ("--report and --model",)),
         (("a cat", "--model", folder(), "-o", folder() / "vae" / "a.mp4"), ("is inside --model",)),
         (("a cat", "-o", "x" * 252 + ".mp4"), ("has 256 bytes",)),

@@ -130,7 +130,7 @@ def test_what_a_search_reads_is_not_written(place):
     for arguments in (("--cost-model", "times.json", "-o", "times.json"), ("--prompts", "a.json", "-o", "a.json")):
         (place / "a.json").write_text("a cat\n")
         before = (place / arguments[1]).read_bytes()
-        message, _ = refused("search", "--model", "model", *arguments)
+        message, _ = refused("search", *arguments)
         assert f"--output and {arguments[0]} are the same file" in message
         assert (place / arguments[1]).read_bytes() == before
 

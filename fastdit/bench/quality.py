@@ -23,7 +23,7 @@ from .synthetic import Sample
 
 DENSE, BESIDE = "dense", "side-by-side"
 
-NO_TITLE, NO_FOLDER = r"[^\w ,.-]|^\.|-$", r"[^\w@.+(),= -]|^\.|[. ]$"
+NO_TITLE, NO_FOLDER = r"[^\w ,.-]|^\.|-$", r"[^\w@.+-]|^\."
 """What the names of videos and of their folders do not have."""
 
 MOST_BYTES = 220
@@ -82,6 +82,7 @@ def quality_jobs(
     model: str,
     about: dict[str, Any],
     seconds: float | None = None,
+    others: Sequence[str] = (),
 ) -> list[Job]:
     """Make a job for each prompt, seed, setting and density; those of one prompt and seed share the dense video.
 
@@ -94,13 +95,14 @@ def quality_jobs(
         model: Name of the model.
         about: What rows say of model and size.
         seconds: Estimate of one dense video; ``None``: no estimate.
+        others: Prompts of earlier runs, whose videos keep their names.
     """
     shared = cache(studio)
     # one dense video serves all, whichever calls they look at
     calibration = cache(lambda: shared().samples(any(setting.is_calibrated for setting in settings)))
     parts = settings_by_part(settings, densities)
     calibrated = sum(setting.is_calibrated for setting, _ in parts.values())
-    titles = distinct_names(prompts, NO_TITLE, MOST_BYTES)
+    titles = distinct_names((*prompts, *others), NO_TITLE, MOST_BYTES)
     folders = distinct_names((DENSE, BESIDE, *parts), NO_FOLDER, MOST_BYTES)
 
     @cache

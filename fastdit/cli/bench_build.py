@@ -186,6 +186,7 @@ def build_quality(
         model=model.label,
         about=model.about(),
         seconds=model.seconds(session),
+        others=[row["prompt"] for row in session.rows() if "prompt" in row],
     )
 
 

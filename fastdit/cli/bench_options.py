@@ -88,14 +88,12 @@ def open_session(
         as_json: Write results as JSON.
         debug: Show where errors came from.
     """
-    from .apart import check_apart
     from .models import choose_device
     from .prompts import Team
     from .screen import Screen
     from .video import check_target
 
     check_target(output, None)
-    check_apart([("--output", output)], [("--against", against)])
     team = Team(device)
     device = choose_device((team.device or device) if device in ("auto", "cuda") else device)
     screen = Screen(quiet=quiet, as_json=as_json, shown=team.is_first)
@@ -128,11 +126,12 @@ def check_files(
     from .video import check_folder, check_name
 
     plans = (Path(setting.fields["path"]) for setting in settings if setting.method == "plan")
-    read = [("--prompts", prompts), ("--against", session.against)]
+    read = [("--prompts", prompts)]
     read += [named for plan in plans for named in plan_files(plan, "--settings")]
     read += [] if model is None else [("--model", file) for file in model.source.files()]
-    written = [("--output", session.output), ("--videos", videos), ("the report", page)]
-    check_apart(written, read)
+    new = [("--videos", videos), ("the report", page)]
+    check_apart([("--output", session.output), *new], read)
+    check_apart(new, [("--against", session.against)])  # rows may be added to those that they are compared with
     for path in (videos, page):
         if path is not None:
             check_name(path)

@@ -30,7 +30,6 @@ def within(low: float, high: float) -> Any:
     return check
 
 
-FINITE = within(-sys.float_info.max, sys.float_info.max)
 COUNT = within(1, MOST)
 SEED = within(-(2**63), 2**64 - 1)
 """What torch takes."""

@@ -45,7 +45,6 @@ def search(
     budget: Annotated[
         float | None,
         typer.Option(
-            callback=options.FINITE,
             help="Mean density of the sparse calls, in (0, 1] (default: 0.25).",
             rich_help_panel=LIMIT,
             show_default=False,
@@ -54,7 +53,6 @@ def search(
     target_speedup: Annotated[
         float | None,
         typer.Option(
-            callback=options.FINITE,
             help="How many times as fast as dense the attention of a whole run shall be.",
             rich_help_panel=LIMIT,
             show_default=False,
@@ -69,7 +67,6 @@ def search(
     max_error: Annotated[
         float | None,
         typer.Option(
-            callback=options.FINITE,
             help="Relative error of a layer's output, root mean square: 0.1 is 10 %.",
             rich_help_panel=LIMIT,
             show_default=False,
