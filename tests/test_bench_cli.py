@@ -8,9 +8,11 @@ import re
 import sys
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_runs import SIZE, folder, run, run_json, spawn
 
@@ -19,10 +21,14 @@ import fastdit.bench.jobs
 import fastdit.bench.quality
 import fastdit.cli.bench_build
 import fastdit.cli.bench_report
+from fastdit.attention import get_method
 from fastdit.bench.contenders import Contender
+from fastdit.bench.quality import Studio, quality_jobs
 from fastdit.bench.rows import read_rows
+from fastdit.bench.settings import find_settings
 from fastdit.cli.assemble import assembled
 from fastdit.cli.bench_model import Model
+from fastdit.files import folded
 
 KERNELS = ("bench", "kernels", "--densities", "0.5", "--contenders", "sdpa-flash,fastdit-cpu,fa3", "--repeats", "1")
 SMALL = ("--problems", "2x8x8/2x32")
@@ -195,13 +201,79 @@ def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
         (("e2e", "--model", folder()), 'one with --prompt "..."'),
         (("quality", "--model", folder()), "some with --prompts FILE"),
         (("report", "nowhere.jsonl"), "cannot read results"),
+        (("quality", "--score-with", "'{folder}"), "No closing quotation"),
+        (("quality", "--seed", 2**64 - 1), f"got {2**64 - 1} to {2**64}"),
+        (("methods", "--seed", 2**64 - 1), f"got {2**64 - 1} to {2**64}"),
+        (("quality", "--videos", "notes.txt"), "is a file, not a folder; give another place with --videos"),
+        (("quality", "--videos", "."), "is there already"),
+        (
+            ("quality", "--prompts", "notes.txt", "-o", "notes.txt", "--resume"),
+            "--output and --prompts are the same file",
+        ),
+        (("kernels", "-o", "notes.txt", "--resume"), "line 1: this is no JSON object"),
+        (("kernels", "--blocks", f"{10**30}x64"), "at most 100000"),
+        (("methods", "--prompt", " "), "the prompt is empty"),
+        (("all", "-o", "rows.html", "--dry-run"), "the report and --output are the same file"),
     ],
 )
-def test_bad_input(arguments, text, tmp_path):
+def test_bad_input(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("a cat\n")
     place = () if arguments[0] == "report" or "-o" in arguments else ("-o", tmp_path / "rows.jsonl")
     result = run("bench", *arguments, *place)
     assert result.exit_code == 2, result.stderr
     assert re.search(text, result.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "a cat\n"
+
+
+def test_a_report_is_not_written_over_its_rows(tmp_path):
+    path = tmp_path / "rows.md"
+    path.write_text('{"benchmark": "kernels", "job": "j", "part": "p"}\n')
+    for output, text in (
+        (path, "--output and the results are the same file"),
+        (tmp_path / "x.md", "lacks what a report"),
+    ):
+        result = run("bench", "report", path, "-o", output)
+        assert result.exit_code == 2 and text in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.md"] and path.read_text().startswith("{")
+
+
+def test_videos_of_prompts_that_differ_little(tmp_path, monkeypatch):
+    clip, handle = (
+        np.zeros((1, 16, 16, 3), np.float32),
+        SimpleNamespace(density=0.5, overall_density=0.5, schedule=None),
+    )
+    handle.method = get_method("draft", density=0.5)
+    monkeypatch.setattr(fastdit.bench.quality, "_video", lambda *arguments: (clip, handle))
+    studio = Studio(None, None, 2, ("", 0), tmp_path, lambda frames, path: path.touch())
+    prompts = [
+        "a bird!",
+        "a cat",
+        "a cat?",
+        "a cat!",
+        "A dog",
+        "a dog",
+        "b" * 300,
+        "b" * 301,
+        "猫" * 100,
+        "猫" * 101,
+        ".",
+        "c-",
+        "c",
+    ]
+    settings = find_settings(["draft(density=0.5)"])
+    how = {"densities": (), "model": "m", "about": {}, "others": ["a bird?"]}
+    rows = [
+        row
+        for job in quality_jobs(lambda: studio, prompts, (-1, 1), settings, **how)
+        for row in job.run(job.parts, lambda: None).rows.values()
+    ]
+    for kind in ("video", "side_by_side", "strip"):
+        names = [Path(row[kind]).name for row in rows]
+        assert len({folded(name) for name in [*names, "a bird_-1.mp4"]}) == 1 + 2 * len(prompts)
+        assert max(len(name.encode()) for name in names) <= 255 and not any(name.startswith(".") for name in names)
+    assert Path(rows[2]["video"]) == tmp_path / "draft_density_0.5_" / "a cat--1.mp4"
 
 
 class Check(HTMLParser):

@@ -79,6 +79,52 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     assert [row["part"] for row in store.read()] == ["a", "b"]
 
 
+ENDS_OF_LINES = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+"""What ``str.splitlines`` splits at."""
+
+
+def test_texts_may_have_any_letter(tmp_path):
+    store = Store(tmp_path / "rows.jsonl")
+    jobs = [f"a{end}b" for end in (*ENDS_OF_LINES, "\udcff", "\0")]
+    store.add([{"benchmark": "methods", "job": name, "part": "p"} for name in jobs])
+    assert [row["job"] for row in store.read()] == jobs
+
+
+@pytest.mark.parametrize("text", ["猫", "𝒂", "é"])
+def test_a_row_that_was_cut_in_a_letter_is_measured_again(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    store, rows = Store(path), [{"benchmark": "b", "job": name, "part": "p"} for name in ("whole", text)]
+    store.add(rows)
+    whole = path.read_bytes()
+    for size in range(whole.index(text.encode()) + 1, whole.index(text.encode()) + len(text.encode())):
+        path.write_bytes(whole[:size])
+        assert store.read() == rows[:1]
+        store.add(rows[1:])
+        assert store.read() == rows
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+    resource = pytest.importorskip("resource")
+    store = Store(tmp_path / "rows.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        with pytest.raises(OSError, match="No space left"):
+            store.add([{"benchmark": "b", "job": "j", "part": "p"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.read() == []
+
+
+@pytest.mark.parametrize("text", ["my notes\n", '{"benchmark": [], "job": "j", "part": "p"}\n', "ftypisom"])
+def test_rows_are_not_added_to_another_file(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="line 1: this is no"):
+        run_job(job([]), Store(path), {})
+    assert path.read_text() == text
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"loss": 1}\n')

@@ -1,11 +1,13 @@
 """Parts of the command line that need no pipeline: arguments, sizes, names, videos on disk, compare, info."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
 
 import imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,6 @@ import fastdit
 from fastdit import metrics
 from fastdit.cli import results, video
 from fastdit.cli.errors import InputError
-from fastdit.cli.prompts import plan_jobs, read_prompts
 from fastdit.cli.settings import read_settings, read_value
 from fastdit.cli.sizes import SizeLimits
 
@@ -65,6 +66,16 @@ def test_main_says_usage_errors_in_one_line(capsys):
         (["generate", "cat", "--no-such-option"], "--no-such-option"),
         (["no-such-command"], "no-such-command"),
         (["compare", "a.mp4"], "argument"),
+        (["generate", "cat", "--seed", str(2**64)], f"got {2**64}"),
+        (["generate", "cat", "--seed", str(-(2**63) - 1)], "in [-9223372036854775808, 18446744073709551615]"),
+        (["generate", "cat", "--fps", "nan"], "got nan"),
+        (["generate", "cat", "--guidance", "inf"], "got inf"),
+        (["generate", "cat", "--frames", "1000000000"], "got 1000000000"),
+        (["search", "--target-speedup", "inf"], "got inf"),
+        (["search", "--max-error", "inf"], "got inf"),
+        (["inspect", "plan.json", "--layer", "-1"], "got -1"),
+        (["bench", "quality", "--seeds", "1000000000000"], "got 1000000000000"),
+        (["bench", "kernels", "--repeats", "0"], "got 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
@@ -192,21 +203,6 @@ def test_sizes_come_from_the_pipeline(kind, limits):
     assert SizeLimits.of(tiny.pipeline(kind)) == limits
 
 
-def test_names_come_from_the_prompts(tmp_path):
-    prompts = ["A red ball!", "a red  ball", "über/../den Wolken", "x" * 300, "?!"]
-    names = [job.output.name for job in plan_jobs(prompts, tmp_path, single=False)]
-    assert names == ["a-red-ball.mp4", "a-red-ball-2.mp4", "über-den-wolken.mp4", "x" * 60 + ".mp4", "video.mp4"]
-    (job,) = plan_jobs(["cat"], tmp_path / "clip.mkv", single=True)
-    assert (job.output.name, job.dense_output.name) == ("clip.mkv", "clip.dense.mkv")
-    assert job.pair_output == tmp_path / "clip.compare.mkv"
-
-
-def test_prompts_are_lines_of_a_file(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeffa cat\n\n  a dog  \r\n", encoding="utf-8")
-    assert read_prompts(None, file) == ["a cat", "a dog"]
-
-
 @pytest.mark.parametrize("suffix", video.SUFFIXES)
 @pytest.mark.parametrize("size", [(48, 64), (47, 63)], ids=str)
 def test_a_video_is_read_back_as_it_was_written(tmp_path, suffix, size):
@@ -308,6 +304,22 @@ def test_without_ffmpeg(monkeypatch, clips, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2 and "ffmpeg" in result.stderr and "IMAGEIO_FFMPEG_EXE" in result.stderr
     assert run_json("info")["ffmpeg"] is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_an_encoder_that_is_missing_is_found_before_the_work(monkeypatch, clips, tmp_path):
+    real, fake = imageio_ffmpeg.get_ffmpeg_exe(), tmp_path / "ffmpeg"
+    fake.write_text(f'''#!/bin/sh
+for a in "$@"; do [ "$a" = libx264 ] && {{ echo "Unknown encoder" >&2; exit 1; }}; done
+exec "{real}" "$@"
+''')
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    commands = (("generate", "a cat", "-o", tmp_path / "x.mp4"), ("bench", "quality", "-o", tmp_path / "x.jsonl"))
+    for arguments in commands:
+        result = run(*arguments)
+        assert result.exit_code == 2 and "cannot write H.264" in result.stderr and "Unknown encoder" in result.stderr
+    assert run_json("compare", clips / "a.mp4", clips / "a.mp4")["psnr"] == "inf"  # which only reads
 
 
 def test_info_lists_what_there_is():

@@ -126,6 +126,15 @@ def test_times_of_another_device_come_with_its_plan(place):
     assert (again["speedup_attention"], again["device"]) == (first["speedup_attention"], "a device")
 
 
+def test_what_a_search_reads_is_not_written(place):
+    for arguments in (("--cost-model", "times.json", "-o", "times.json"), ("--prompts", "a.json", "-o", "a.json")):
+        (place / "a.json").write_text("a cat\n")
+        before = (place / arguments[1]).read_bytes()
+        message, _ = refused("search", *arguments)
+        assert f"--output and {arguments[0]} are the same file" in message
+        assert (place / arguments[1]).read_bytes() == before
+
+
 def test_a_preset(place):
     value = run_json(*command("--preset", "sparse-vdit", candidates=()))
     assert value["buckets"] == ["all steps"]
@@ -198,7 +207,12 @@ def test_the_demo_is_searched_with_what_it_knows():
         (("-o", "plan.txt"), ("plan.txt", "end with .json")),
         (("-o", "."), ("it is a folder",)),
         (("--folder", "none/scores"), ("none does not exist",)),
-        (("--folder", "empty.txt"), ("is a file, not a folder",)),
+        (("--folder", "empty.txt"), ("is a file, not a folder", "another place with --folder")),
+        (("--folder", "plan.json"), ("--folder and --output are the same file",)),
+        (("--seed", str(2**64 - 2)), (f"got {2**64 - 2} to {2**64 + 1}",)),
+        (("--preset", "paro", "-o", ":.json"), ("a plain name",)),
+        (("--preset", "paro", "-o", "x" * 240 + ".json"), ("too long",)),
+        (("-o", "x" * 251 + ".json"), ("has 256 bytes",)),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, arguments, fragments):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
+from ..files import distinct_names, moved_when_complete
 from ..schedule import Schedule
 from .capture import capture, middle_layer, some_layers
 from .clips import compare_clips, strip
@@ -21,7 +21,13 @@ from .rows import Row
 from .settings import Setting, settings_by_part
 from .synthetic import Sample
 
-DENSE = "dense"
+DENSE, BESIDE = "dense", "side-by-side"
+
+NO_TITLE, NO_FOLDER = r"[^\w ,.-]|^\.|-$", r"[^\w@.+-]|^\."
+"""What the names of videos and of their folders do not have."""
+
+MOST_BYTES = 220
+"""Of these names, with room for a seed."""
 
 SPARSE = 0.7
 """Time of a sparse video over that of a dense one, about, for estimates."""
@@ -76,6 +82,7 @@ def quality_jobs(
     model: str,
     about: dict[str, Any],
     seconds: float | None = None,
+    others: Sequence[str] = (),
 ) -> list[Job]:
     """Make a job for each prompt, seed, setting and density; those of one prompt and seed share the dense video.
 
@@ -88,12 +95,15 @@ def quality_jobs(
         model: Name of the model.
         about: What rows say of model and size.
         seconds: Estimate of one dense video; ``None``: no estimate.
+        others: Prompts of earlier runs, whose videos keep their names.
     """
     shared = cache(studio)
     # one dense video serves all, whichever calls they look at
     calibration = cache(lambda: shared().samples(any(setting.is_calibrated for setting in settings)))
     parts = settings_by_part(settings, densities)
     calibrated = sum(setting.is_calibrated for setting, _ in parts.values())
+    titles = distinct_names((*prompts, *others), NO_TITLE, MOST_BYTES)
+    folders = distinct_names((DENSE, BESIDE, *parts), NO_FOLDER, MOST_BYTES)
 
     @cache
     def find(part: str) -> tuple[Setting, float | None, Any]:
@@ -103,7 +113,7 @@ def quality_jobs(
     @lru_cache(maxsize=1)
     def dense(prompt: str, seed: int) -> np.ndarray:
         clip, _ = _video(shared(), prompt, seed, partial(enable_sparse_attention, method=DENSE, schedule=Schedule()))
-        keep(shared(), DENSE, prompt, seed, clip)
+        keep(shared(), folders[DENSE], f"{titles[prompt]}-{seed}", clip)
         return clip
 
     def estimate(first: bool, of_prompt: bool) -> float | None:
@@ -117,7 +127,7 @@ def quality_jobs(
             "quality",
             f"{model} | {prompt} | {seed}",
             (part,),
-            partial(_measure, shared, find, dense, prompt, seed),
+            partial(_measure, shared, find, dense, prompt, seed, folders[part], f"{titles[prompt]}-{seed}"),
             estimate(first=i == j == 0, of_prompt=j == 0),
             {"model": model, "prompt": prompt, "clip_seed": seed, **about},
         )
@@ -132,6 +142,8 @@ def _measure(
     dense: Callable[[str, int], np.ndarray],
     prompt: str,
     seed: int,
+    folder: str,
+    title: str,
     todo: Collection[str],
     advance: Callable[[], None],
 ) -> Outcome:
@@ -147,7 +159,7 @@ def _measure(
         if not np.isfinite(clip).all():
             outcome.faults[part] = "the video has values that are no numbers"
             continue
-        files = keep(studio, part, prompt, seed, clip, reference)
+        files = keep(studio, folder, title, clip, reference)
         outcome.rows[part] = {
             "setting": setting.describe(handle.method, handle.schedule),
             "asked": asked,
@@ -171,33 +183,32 @@ def _video(
         disable_sparse_attention(studio.pipeline)
 
 
-def keep(studio: Studio, name: str, prompt: str, seed: int, clip: np.ndarray, dense: np.ndarray | None = None) -> Row:
+def keep(studio: Studio, name: str, title: str, clip: np.ndarray, dense: np.ndarray | None = None) -> Row:
     """Write a video, one with dense beside it, and a picture of both; return where they are.
 
     Each setting has a folder of its own, and files are named after prompt and seed, as tools such as VBench expect.
 
     Args:
         studio: Where to.
-        name: Of the setting.
-        prompt: What it shows.
-        seed: Of the noise.
+        name: Of the folder.
+        title: Of the files, without what says their kind.
         clip: ``(F, H, W, 3)`` in [0, 1].
         dense: ``(F, H, W, 3)`` in [0, 1]; ``None`` if this is the dense one.
     """
     if studio.folder is None:
         return {}
-    title = re.sub(r"[^\w ,.-]", "_", prompt)[:120]
-    folder = studio.folder / re.sub(r"[^\w@.+-]", "_", name)
+    folder = studio.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    video = folder / f"{title}-{seed}.mp4"
+    video = folder / f"{title}.mp4"
     studio.write(clip, video)
     if dense is None:
         return {"video": str(video)}
     import imageio.v3 as iio
 
-    beside = studio.folder / "side-by-side" / folder.name
+    beside = studio.folder / BESIDE / name
     beside.mkdir(parents=True, exist_ok=True)
-    pair, picture = beside / video.name, beside / f"{title}-{seed}.jpg"
+    pair, picture = beside / video.name, beside / f"{title}.jpg"
     studio.write(studio.pair(dense, clip), pair)
-    iio.imwrite(picture, strip(dense, clip))
+    with moved_when_complete(picture) as part:
+        iio.imwrite(part, strip(dense, clip))
     return {"video": str(video), "side_by_side": str(pair), "strip": str(picture)}

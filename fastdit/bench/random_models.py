@@ -207,10 +207,11 @@ def random_subject(
     model = model_of(problem)
     if model is None:
         raise ValueError(f"there is no configuration for {problem.name!r}; there are: {', '.join(MODELS)}")
-    torch.manual_seed(seed)
-    transformer = model.make(device, changes)
-    Module.to(transformer, dtype).eval()  # the warning of diffusers is about weights that mean something
-    arguments = _arguments(model, transformer, problem, dtype, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = model.make(device, changes)
+        Module.to(transformer, dtype).eval()  # the warning of diffusers is about weights that mean something
+        arguments = _arguments(model, transformer, problem, dtype, device)
 
     timesteps = torch.linspace(1000, 0, problem.steps + 1)[:-1].to(device)
     pipeline = RandomPipeline(transformer, SimpleNamespace(timesteps=timesteps, step_index=0))

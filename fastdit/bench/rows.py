@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..files import read_json_lines
 
 Row = dict[str, Any]
 
@@ -70,6 +73,9 @@ class Store:
 
         Args:
             rows: The rows.
+
+        Raises:
+            OSError: They cannot be written, as on a full disk.
         """
         text = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         if not text:
@@ -78,7 +84,11 @@ class Store:
         with self.path.open("ab", buffering=0) as file:
             if file.tell() and not _ends_whole(self.path):
                 text = "\n" + text
-            file.write(text.encode())
+            # what is no letter becomes an escape, as JSON has it
+            data = text.encode(errors="backslashreplace")
+            written = file.write(data)
+            if written < len(data):  # what is left of the row counts as cut off
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(file.fileno())
 
 
@@ -93,14 +103,8 @@ def read_rows(path: Path) -> list[Row]:
         OSError: The file cannot be read.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a run that was stopped while it wrote; what was lost is measured again
-        if not isinstance(row, dict) or not {"benchmark", "job", "part"} <= set(row):
+    for number, row in read_json_lines(path):
+        if not all(isinstance(row.get(name), str) for name in ("benchmark", "job", "part")):
             raise ValueError(f"{path}, line {number}: this is no result of fastdit bench")
         rows.append(row)
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Always.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a table with a letter that the terminal lacks is shown all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="fastdit", standalone_mode=False)
     except KeyboardInterrupt:
@@ -76,4 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if explain is None:
             raise
         code = fail(f"{explain().replace('Value error, ', '')} (see fastdit --help)", getattr(error, "exit_code", 2))
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     sys.exit(code if isinstance(code, int) else 0)

@@ -22,7 +22,18 @@ bench = typer.Typer(
 )
 bench.command()(report)
 
-Prompt = Annotated[str | None, typer.Option(help="What the pipeline makes.", show_default=False)]
+
+def _prompt(text: str | None) -> str | None:
+    from .errors import InputError
+    from .prompts import read_prompts
+
+    try:
+        return None if text is None else read_prompts(text, None)[0]
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Prompt = Annotated[str | None, typer.Option(callback=_prompt, help="What the pipeline makes.", show_default=False)]
 
 
 @bench.command()
@@ -70,6 +81,7 @@ def methods(
 
     found = None if model is None else Model.find(model, size)
     chosen, wanted = own.read_settings(settings, means=means), own.read_densities(densities)
+    own.check_files(session, chosen, found)
     session.run(lambda s: build_methods(s, own.split(problems), chosen, wanted, found, prompt))
 
 
@@ -88,9 +100,13 @@ def quality(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="How many prompts (default: all of a file, 4 of the demo's).", show_default=False),
+        typer.Option(
+            callback=options.COUNT,
+            help="How many prompts (default: all of a file, 4 of the demo's).",
+            show_default=False,
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each.")] = 1,
+    seeds: Annotated[int, typer.Option(callback=options.COUNT, help="Seeds of each.")] = 1,
     settings: own.Settings = None,
     means: own.Means = False,
     densities: own.Densities = "0.2,0.35",
@@ -123,6 +139,7 @@ def quality(
     count = 4 if count is None and texts is None else count
     chosen, wanted = own.read_settings(settings, means=means, schedule=schedule), own.read_densities(densities)
     folder = session.output.with_suffix(".videos") if videos is None else videos
+    own.check_files(session, chosen, found, prompts=prompts, videos=folder)
     session.run(lambda s: build_quality(s, found, known, count, seeds, chosen, wanted, folder))
     if score_with is not None and not session.dry_run and session.team.is_first:
         score_folders(score_with, folder, session.screen)
@@ -157,6 +174,7 @@ def e2e(
     chosen = own.read_settings(settings, means=means)
     wanted = [] if densities is None else own.read_densities(densities)
     listed = own.split(problems)
+    own.check_files(session, chosen, found)
     session.run(lambda s: build_e2e(s, chosen, wanted, repeats, found, listed, prompt=prompt))
 
 
@@ -175,8 +193,9 @@ def everything(
 
     check_ffmpeg()
     check_packages()
+    page = session.output.with_suffix(".html")
+    own.check_files(session, videos=session.output.with_suffix(".videos"), page=page)
     session.run(lambda s: build_everything(s, quick=quick))
     if not session.dry_run and session.team.is_first:
-        page = write_report([session.output], session.output.with_suffix(".html"))
-        session.screen.note(f"the report is {page}")
+        session.screen.note(f"the report is {write_report([session.output], page)}")
     session.team.close()

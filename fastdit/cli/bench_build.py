@@ -19,6 +19,7 @@ from ..bench.quality import quality_jobs
 from ..bench.random_models import MODELS, model_of, problem_preset, random_subject
 from ..bench.settings import DEFAULT, Setting, preset_of
 from ..bench.synthetic import KINDS, Sample, synthetic
+from ..search.run import check_seed
 from .bench_model import REST, Model, open_studio, open_subject, throughput
 from .bench_session import Session
 from .errors import InputError, as_input_error
@@ -96,6 +97,7 @@ def build_methods(
     """
     with as_input_error():
         problems = find_problems(sources)
+        check_seed(session.seed, 2)
     dtype, device = choose_dtype(session.dtype, session.device), session.device
     jobs = []
     for problem in problems:
@@ -166,7 +168,12 @@ def build_quality(
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         folder: Where videos go; ``None`` keeps none.
+
+    Raises:
+        InputError: There are not as many seeds after the first.
     """
+    with as_input_error():
+        check_seed(session.seed, seeds + 1)  # the last one is of the video that is learned from
     compared = prompts[:count]
     # the last one that is not compared, or a video of the first with noise of its own
     learned = next((prompt for prompt in reversed(prompts) if prompt not in compared), prompts[0])
@@ -179,6 +186,7 @@ def build_quality(
         model=model.label,
         about=model.about(),
         seconds=model.seconds(session),
+        others=[row["prompt"] for row in session.rows() if "prompt" in row],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from .search import split_candidates
 
 if TYPE_CHECKING:
     from ..bench.settings import Setting
+    from .bench_model import Model
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="JSON lines, one for each measurement.", rich_help_panel=OUTPUT)
@@ -31,8 +33,8 @@ Against = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run, and about how long.", rich_help_panel=OUTPUT)
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is random.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")]
+Seed = Annotated[int, typer.Option(callback=options.SEED, help="Of everything that is random.")]
+Repeats = Annotated[int, typer.Option(callback=options.COUNT, help="Rounds after the warm-up.")]
 Densities = Annotated[
     str, typer.Option(help="Fractions of the pairs to compute, as in 0.1,0.2.", rich_help_panel=ATTENTION)
 ]
@@ -89,11 +91,55 @@ def open_session(
     from .models import choose_device
     from .prompts import Team
     from .screen import Screen
+    from .video import check_target
 
+    check_target(output, None)
     team = Team(device)
     device = choose_device((team.device or device) if device in ("auto", "cuda") else device)
     screen = Screen(quiet=quiet, as_json=as_json, shown=team.is_first)
     return Session(output, resume, against, dry_run, seed, device, dtype, screen, team, debug)
+
+
+def check_files(
+    session: Session,
+    settings: Sequence[Setting] = (),
+    model: Model | None = None,
+    *,
+    prompts: Path | None = None,
+    videos: Path | None = None,
+    page: Path | None = None,
+) -> None:
+    """Check that nothing is written over what is read or written elsewhere, nor over files of another run.
+
+    Args:
+        session: What was asked for.
+        settings: The settings, of which some are plans.
+        model: The pipeline.
+        prompts: File of prompts.
+        videos: Folder of videos.
+        page: File of the report.
+
+    Raises:
+        InputError: Something would be, or the folder cannot be written.
+    """
+    from .apart import check_apart, plan_files
+    from .video import check_folder, check_name
+
+    plans = (Path(setting.fields["path"]) for setting in settings if setting.method == "plan")
+    read = [("--prompts", prompts)]
+    read += [named for plan in plans for named in plan_files(plan, "--settings")]
+    read += [] if model is None else [("--model", file) for file in model.source.files()]
+    new = [("--videos", videos), ("the report", page)]
+    check_apart([("--output", session.output), *new], read)
+    check_apart(new, [("--against", session.against)])  # rows may be added to those that they are compared with
+    for path in (videos, page):
+        if path is not None:
+            check_name(path)
+    if videos is not None:
+        check_folder(next(place for place in (videos, *videos.parents) if place.exists()), option="--videos")
+    for path in (videos, page) if not session.resume and not session.dry_run else ():
+        if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
+            raise InputError(f"{path} is there already; go on with it by --resume, or name another with --output")
 
 
 def split(text: str) -> list[str]:
@@ -159,8 +205,8 @@ def read_blocks(text: str) -> tuple[int, int]:
         queries, keys = (int(part) for part in text.split("x"))
     except ValueError as error:
         raise InputError(f"blocks are QUERIESxKEYS, as in 128x64; got {text!r}") from error
-    if min(queries, keys) < 1:
-        raise InputError(f"blocks hold at least one query and one key, got {text!r}")
+    if min(queries, keys) < 1 or max(queries, keys) > options.MOST:
+        raise InputError(f"blocks hold at least one query and one key, and at most {options.MOST}, got {text!r}")
     return queries, keys
 
 

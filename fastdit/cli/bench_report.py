@@ -25,10 +25,12 @@ def report(
     debug: options.Debug = False,
 ) -> None:
     """Write results as one page that needs nothing else, with curves, heat maps and frames of the videos."""
+    from .apart import check_apart
     from .video import check_target
 
     check_target(output, (".html", ".md"))
-    if output.suffix == ".html":
+    check_apart([("--output", output)], [("the results", path) for path in results])
+    if output.suffix.lower() == ".html":
         check_packages()
     page = write_report(results, output)
     Screen(quiet=quiet).note(f"wrote {page}")
@@ -61,7 +63,12 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
     rows = [row for path in results for row in read(path)]
     if not rows:
         raise InputError(f"there are no results in {', '.join(map(str, results))}")
-    text = markdown(rows) if output.suffix == ".md" else html(rows)
+    try:
+        text = markdown(rows) if output.suffix.lower() == ".md" else html(rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"a row in {', '.join(map(str, results))} lacks what a report shows ({error!r}); is it of another version?"
+        ) from error
     with moved_when_complete(output) as part:
         part.write_text(text, encoding="utf-8")
     return output

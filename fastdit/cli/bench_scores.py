@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ..files import moved_when_complete
 from .errors import InputError
 from .screen import Screen
 
@@ -22,7 +23,10 @@ def check_command(command: str | None) -> None:
     """
     if command is None:
         return
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"--score-with cannot be read as a command ({error}), got {command!r}") from error
     if not any("{folder}" in word for word in words):
         raise InputError("--score-with has no {folder}; write it where the folder of videos belongs")
     if shutil.which(words[0]) is None:
@@ -40,10 +44,11 @@ def score_folders(command: str, videos: Path, screen: Screen) -> None:
     Raises:
         InputError: The command failed.
     """
-    for folder in sorted(path for path in videos.iterdir() if path.is_dir() and path.name != "side-by-side"):
+    for folder in sorted(path for path in videos.glob("*") if path.is_dir() and path.name != "side-by-side"):
         words = [word.replace("{folder}", str(folder)) for word in shlex.split(command)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             raise InputError(f"{shlex.join(words)} failed with {done.returncode}: {done.stderr.strip()[-300:]}")
-        (folder / "scores.txt").write_text(done.stdout, encoding="utf-8")
+        with moved_when_complete(folder / "scores.txt") as part:
+            part.write_text(done.stdout, encoding="utf-8")
         screen.note(f"scores of {folder.name} are in {folder / 'scores.txt'}")

@@ -75,7 +75,7 @@ class Session:
         if old == []:
             raise InputError(f"there are no results in {self.against} to compare with")
         store, about = Store(self.output), environment(self.device, self.seed, choose_dtype(self.dtype, self.device))
-        other = other_run(read(self.output), about) if self.output.exists() and self.resume else None
+        other = other_run(self.rows(), about)
         if other is not None:
             raise InputError(
                 f"{self.output} has rows of another run: {other}; go on with the same --seed, --dtype and --device, "
@@ -86,7 +86,7 @@ class Session:
             if not self.dry_run:
                 faults = self._work(jobs, store, about)
         if self.dry_run:
-            rows = read(self.output) if self.output.exists() and self.resume else []
+            rows = self.rows()
             self.screen.result({"jobs": [_plain(job, rows) for job in jobs]}, plan_table(jobs, rows))
             return
         found = self.team.gather([{"faults": faults}])
@@ -100,6 +100,10 @@ class Session:
             for name, text in faults.items():
                 self.screen.note(f"wrong: {name}: {text}")
             raise typer.Exit(fail(f"{len(faults)} results were wrong and have no row", FAILED))
+
+    def rows(self) -> list[Row]:
+        """Return the rows of earlier runs, if there is one that goes on."""
+        return read(self.output) if self.resume and self.output.exists() else []
 
     def _quiet(self) -> Any:
         import contextlib

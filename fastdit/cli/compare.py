@@ -26,7 +26,7 @@ def compare(
     """Measure how close two videos are: PSNR and SSIM, over all frames and of the worst frame."""
     from .video import VideoFile, check_ffmpeg
 
-    check_ffmpeg()
+    check_ffmpeg(writes=False)
     first, second = VideoFile.open(a), VideoFile.open(b)
     if (first.width, first.height) != (second.width, second.height):
         raise InputError(

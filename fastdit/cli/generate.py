@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +10,11 @@ import typer
 
 from ..files import moved_when_complete
 from . import options
+from .apart import check_apart, plan_files
 from .errors import guarded
 from .options import ATTENTION, MACHINE, OUTPUT, VIDEO
 from .prompts import Team, plan_jobs, read_prompts
-from .screen import Screen
+from .screen import Screen, json_text
 
 
 @guarded
@@ -65,13 +65,18 @@ def generate(
     frames: options.Frames = None,
     steps: options.Steps = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the noise; the same for every prompt.", rich_help_panel=VIDEO)
+        int, typer.Option(callback=options.SEED, help="Of the noise; the same for every prompt.", rich_help_panel=VIDEO)
     ] = 0,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=1, max=240, help="Frames per second of the file.", rich_help_panel=VIDEO, show_default=False),
+        typer.Option(
+            callback=options.within(1, 240),
+            help="Frames per second of the file.",
+            rich_help_panel=VIDEO,
+            show_default=False,
+        ),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -112,7 +117,7 @@ def generate(
     """
     from . import video
 
-    jobs = plan_jobs(read_prompts(prompt, prompts), output, single=prompt is not None)
+    jobs = plan_jobs(read_prompts(prompt, prompts), output, single=prompt is not None, compare=compare)
     if report is not None:
         video.check_target(report, None)
     video.check_ffmpeg()
@@ -140,6 +145,10 @@ def generate(
     models.check_offload(offload, device)
     weights = models.choose_dtype(dtype, device)
     source = find_model(model)
+    check_apart(
+        [*(named for job in jobs for named in job.files(compare=compare).items()), ("--report", report)],
+        [("--prompts", prompts), *plan_files(plan), *settings.files(), *(("--model", file) for file in source.files())],
+    )
 
     from . import making, results
 
@@ -177,6 +186,6 @@ def generate(
         value = results.summarize(clips, about)
         if report is not None:
             with moved_when_complete(report) as part:
-                part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                part.write_text(json_text(value) + "\n", encoding="utf-8")
         screen.result(value, *results.tables(value))
     team.close()

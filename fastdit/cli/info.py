@@ -91,7 +91,7 @@ def _tables(value: dict[str, Any]) -> list[Table]:
     add_row(
         installed,
         "ffmpeg",
-        Path(value["ffmpeg"]).name if value["ffmpeg"] else "not found: no videos can be written or read",
+        Path(value["ffmpeg"]).name if value["ffmpeg"] else "none that can write videos: fastdit generate says why",
     )
 
     devices = plain_table("devices", "device", "name", "memory", "capability", numbers=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from . import options
 from .errors import InputError, as_input_error, guarded
 from .screen import Screen, add_row, number, plain_table
 
@@ -22,9 +23,15 @@ if TYPE_CHECKING:
 def inspect(
     plan: Annotated[Path, typer.Argument(help="A plan that fastdit search has written.", show_default=False)],
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Show only one head: that of this layer.", show_default=False)
+        int | None,
+        typer.Option(
+            callback=options.within(0, options.MOST), help="Show only one head: that of this layer.", show_default=False
+        ),
     ] = None,
-    head: Annotated[int | None, typer.Option(min=0, help="Which of the layer's heads.", show_default=False)] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(callback=options.within(0, options.MOST), help="Which of the layer's heads.", show_default=False),
+    ] = None,
     transformer: Annotated[
         str | None,
         typer.Option(help="Which of two, such as transformer_2 (default: both).", show_default=False),
@@ -43,7 +50,7 @@ def inspect(
     if (layer is None) != (head is None):
         raise InputError("--layer and --head name a head together: give both")
     if output is not None:
-        _check_pictures(output)
+        _check_pictures(output, plan)
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.working():
         from ..search.plan import Plan
@@ -68,8 +75,9 @@ def inspect(
     screen.result(value, *tables)
 
 
-def _check_pictures(folder: Path) -> None:
+def _check_pictures(folder: Path, plan: Path) -> None:
     from ..search.plots import check_matplotlib
+    from .apart import check_apart
     from .video import check_folder
 
     try:
@@ -77,6 +85,8 @@ def _check_pictures(folder: Path) -> None:
     except ImportError as error:
         raise InputError(str(error)) from error
     check_folder(folder, new=True)
+    if plan.suffix.lower() == ".png":  # whatever the pictures are called, one might be this
+        check_apart([("a picture", folder / plan.name)], [("the plan", plan)])
 
 
 def _titles(plan: Plan, asked: str | None) -> list[str]:

@@ -95,18 +95,23 @@ def quiet_libraries() -> Iterator[None]:
     """Turn off the progress bars and the chatter of diffusers and transformers for a while; fastdit shows its own."""
     import diffusers.utils.logging
     import transformers.utils.logging
+    from huggingface_hub.utils.tqdm import progress_bar_states
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    of_hub = dict(progress_bar_states)  # transformers turns those of the hub off and on with its own
     try:
+        for library in libraries:
+            library.disable_progress_bar()
+            library.set_verbosity_error()
         yield
     finally:
-        for library, verbosity in zip(libraries, before, strict=True):
-            library.enable_progress_bar()
+        for library, verbosity, shown in before:
             library.set_verbosity(verbosity)
+            if shown:
+                library.enable_progress_bar()
+        progress_bar_states.clear()
+        progress_bar_states.update(of_hub)
 
 
 def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload: str, compiled: bool) -> Any:

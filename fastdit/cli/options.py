@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 import typer
 
 ATTENTION, VIDEO, MACHINE, OUTPUT = "Sparse attention", "Video", "Machine", "Output"
+
+
+MOST, MOST_PIXELS = 100_000, 65_536
+"""More frames, steps or pixels than these are a slip of the pen."""
+
+
+def within(low: float, high: float) -> Any:
+    """Return a callback of an option that refuses numbers out of a range, and says what they were.
+
+    Args:
+        low: The smallest.
+        high: The largest; no range has NaN in it.
+    """
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise typer.BadParameter(f"it must be in [{low}, {high}], got {value}")
+        return value
+
+    return check
+
+
+COUNT = within(1, MOST)
+SEED = within(-(2**63), 2**64 - 1)
+"""What torch takes."""
+
+
+def readable(value: str | None) -> str | None:
+    """Return a text that can be written to a file.
+
+    Args:
+        value: The text; ``None`` where nothing was said.
+
+    Raises:
+        BadParameter: It has bytes that are no letters.
+    """
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"{value!r} has bytes that are not text in UTF-8.") from error
+    return value
 
 
 def _unset(*names: str, **about: Any) -> Any:
@@ -40,12 +82,17 @@ Precision = Annotated[
     Literal["int8", "int8_fp8"] | None, _unset(help="Products in low precision.", rich_help_panel=ATTENTION)
 ]
 
-Height = Annotated[int | None, _unset(min=1, help="Pixels.", rich_help_panel=VIDEO)]
-Width = Annotated[int | None, _unset(min=1, help="Pixels.", rich_help_panel=VIDEO)]
-Frames = Annotated[int | None, _unset(min=1, help="Length of the video.", rich_help_panel=VIDEO)]
-Steps = Annotated[int | None, _unset(min=1, help="Denoising steps.", rich_help_panel=VIDEO)]
-Guidance = Annotated[float | None, _unset(min=0, help="How strongly the prompt is followed.", rich_help_panel=VIDEO)]
-NegativePrompt = Annotated[str | None, _unset(help="What the video shall not show.", rich_help_panel=VIDEO)]
+Height = Annotated[int | None, _unset(callback=within(1, MOST_PIXELS), help="Pixels.", rich_help_panel=VIDEO)]
+Width = Annotated[int | None, _unset(callback=within(1, MOST_PIXELS), help="Pixels.", rich_help_panel=VIDEO)]
+Frames = Annotated[int | None, _unset(callback=COUNT, help="Length of the video.", rich_help_panel=VIDEO)]
+Steps = Annotated[int | None, _unset(callback=COUNT, help="Denoising steps.", rich_help_panel=VIDEO)]
+Guidance = Annotated[
+    float | None,
+    _unset(callback=within(0, sys.float_info.max), help="How strongly the prompt is followed.", rich_help_panel=VIDEO),
+]
+NegativePrompt = Annotated[
+    str | None, _unset(callback=readable, help="What the video shall not show.", rich_help_panel=VIDEO)
+]
 
 Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],

@@ -149,7 +149,7 @@ class Screen:
         if not self.shown:
             return
         if self.as_json:
-            typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+            typer.echo(json_text(value, sys.stdout.encoding))
         elif not self.quiet:
             console = Console()
             for table in tables:
@@ -158,6 +158,21 @@ class Screen:
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, (UserWarning, RuntimeWarning)):
             self.note(f"warning: {' '.join(str(message).split())}")
+
+
+def json_text(value: Any, encoding: str | None = None) -> str:
+    """Return JSON for people to read, with escapes where letters cannot be written.
+
+    Args:
+        value: What JSON can hold.
+        encoding: Of the file; ``None`` is UTF-8.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2, allow_nan=False)
+    return text
 
 
 def plain_table(title: str, *columns: str, numbers: bool = True) -> Table:

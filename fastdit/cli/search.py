@@ -88,7 +88,7 @@ def search(
     max_kinds: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            callback=options.COUNT,
             help="How many of them the heads of a layer may use; not by a preset's own rule.",
             rich_help_panel=CHOICE,
             show_default=False,
@@ -109,7 +109,7 @@ def search(
     buckets: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            callback=options.COUNT,
             help="Parts of the run that may have methods of their own (default: 3).",
             rich_help_panel=ATTENTION,
             show_default=False,
@@ -118,7 +118,10 @@ def search(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps of each part to look at (default: 1).", rich_help_panel=ATTENTION, show_default=False
+            callback=options.COUNT,
+            help="Steps of each part to look at (default: 1).",
+            rich_help_panel=ATTENTION,
+            show_default=False,
         ),
     ] = None,
     kernel: options.Kernel = None,
@@ -128,7 +131,10 @@ def search(
     frames: options.Frames = None,
     steps: options.Steps = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the noise of the first prompt; others have the next.", rich_help_panel=VIDEO)
+        int,
+        typer.Option(
+            callback=options.SEED, help="Of the noise of the first prompt; others have the next.", rich_help_panel=VIDEO
+        ),
     ] = 0,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
@@ -155,6 +161,7 @@ def search(
     A video of each prompt is made with dense attention, and at some steps all candidates are scored beside it.
     Interrupted, the same command goes on from the scores taken so far; with another limit it takes no new ones.
     """
+    from .apart import check_apart, plan_files
     from .prompts import read_prompts
     from .video import check_folder, check_target
 
@@ -165,13 +172,18 @@ def search(
     if folder is None and preset != "paro":  # which keeps no scores
         folder = output.with_suffix(".scores")
     if folder is not None:
-        check_folder(folder if folder.exists() else folder.parent)
+        check_folder(folder, new=True, option="--folder")
 
     from ..search.cost import CostModel
+    from ..search.run import PROMPTS, check_seed
+    from ..search.stored_methods import masks_name
     from . import models
     from .settings import check_kernel, read_schedule
     from .sources import DEMO, find_model
 
+    with as_input_error():
+        if preset == "paro":  # masks go beside the plan
+            masks_name(output, "0" * 64)
     schedule = read_schedule({"warmup_steps": warmup_steps, "tail_steps": tail_steps, "refresh_steps": refresh_steps})
     check_kernel(kernel)
     with as_input_error():
@@ -180,8 +192,14 @@ def search(
     models.check_offload(offload, device)
     weights = models.choose_dtype(dtype, device)
     source = find_model(model)
+    check_apart(
+        [("--output", output), ("--folder", folder)],
+        [("--prompts", prompts), *plan_files(cost_model, "--cost-model"), *(("--model", f) for f in source.files())],
+    )
     if texts is None and source.name == DEMO:
         texts = list(DEMO_PROMPTS)
+    with as_input_error():
+        check_seed(seed, PROMPTS if texts is None else len(texts))
 
     from .making import call_arguments
     from .plans import about, expected_table, methods_table

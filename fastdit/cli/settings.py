@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,12 @@ class Settings:
     schedule: dict[str, Any] = field(default_factory=dict)
     kernel: str | None = None
     precision: str | None = None
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the files that fields of the method name, and the option that said so."""
+        for name, value in self.fields.items():
+            if isinstance(value, str) and os.path.exists(value):
+                yield f"--set {name}", Path(value)
 
     def enable(self, pipeline: Any) -> SparseAttention:
         """Make the self-attention of a pipeline sparse.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,18 @@ class ModelSource:
     defaults: dict[str, Any] = field(default_factory=dict)
     fps: float | None = None
 
+    def files(self) -> list[Path]:
+        """Return what a folder holds of the pipeline: its index and the folders of its parts; nothing of the hub's."""
+        if self.place is None:
+            from ..demo import WEIGHTS
+
+            return [WEIGHTS]
+        index = Path(self.place) / "model_index.json"
+        if not index.is_file():
+            return []
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        return [index, *(index.parent / name for name in parts if not name.startswith("_"))]
+
 
 def find_model(name: str) -> ModelSource:
     """Look for a model, without loading its weights.
@@ -47,7 +60,7 @@ def find_model(name: str) -> ModelSource:
         defaults = asdict(DEFAULTS)
         return ModelSource(name, None, fps=defaults.pop("fps"), defaults=defaults)
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):
         _check_folder(path)
         return ModelSource(name, str(path))
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):

@@ -10,21 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import moved_when_complete
+from ..files import LONGEST_NAME, cut, moved_when_complete
 from .errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
+CODEC = "libx264"
 QUALITY = ("-crf", "12", "-preset", "medium")
+TRIED = 32
+"""Side in pixels of the picture that shows whether videos can be written."""
 
 
-def check_ffmpeg() -> str:
+def check_ffmpeg(*, writes: bool = True) -> str:
     """Return the path of ffmpeg.
 
+    Args:
+        writes: Whether videos will be written, so that one is tried.
+
     Raises:
-        InputError: There is none that runs.
+        InputError: There is none that runs, or it cannot write H.264.
     """
     import imageio_ffmpeg
 
@@ -36,6 +42,13 @@ def check_ffmpeg() -> str:
         raise InputError(f"no ffmpeg was found, and videos cannot be written or read without it: {fix}") from error
     except (OSError, subprocess.CalledProcessError) as error:
         raise InputError(f"the ffmpeg that was found does not run ({error}): {fix}") from error
+    if writes:
+        raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{TRIED}x{TRIED}", "-i", "-")
+        command = [path, "-v", "error", *raw, "-c:v", CODEC, *QUALITY, "-pix_fmt", "yuv420p", "-f", "null", "-"]
+        tried = subprocess.run(command, input=bytes(3 * TRIED**2), capture_output=True, check=False)
+        if tried.returncode:
+            said = " ".join(tried.stderr.decode(errors="replace").split()) or f"it ended with {tried.returncode}"
+            raise InputError(f"the ffmpeg at {path} cannot write H.264 with {CODEC} ({said[:200]}): {fix}")
     return path
 
 
@@ -50,34 +63,56 @@ def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES, *, new
     Raises:
         InputError: The folder does not exist or cannot be written, the path is a folder, or its suffix is another.
     """
-    if path.is_dir():
+    check_name(path)
+    if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
     if suffixes is not None and path.suffix.lower() not in suffixes:
         there = "" if path.suffix else "there is no such folder, and "
         raise InputError(f"cannot write {path}: {there}the name of the file must end with {' or '.join(suffixes)}")
     check_folder(path.parent, new=new_folder)
-    if path.exists() and not os.access(path, os.W_OK):
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: the file is there and is read-only")
 
 
-def check_folder(folder: Path, *, new: bool = False) -> None:
+def check_name(path: Path) -> None:
+    """Check that a name is no longer than file systems allow.
+
+    Args:
+        path: A file or a folder.
+
+    Raises:
+        InputError: It is.
+    """
+    size = len(os.fsencode(path.name))
+    if size > LONGEST_NAME:
+        raise InputError(
+            f"cannot write {cut(path.name, 40)}...: the name has {size} bytes, and file systems allow {LONGEST_NAME}; "
+            "give a shorter one"
+        )
+
+
+def check_folder(folder: Path, *, new: bool = False, option: str = "--output") -> None:
     """Check that files can be made in a folder.
 
     Args:
         folder: The folder.
         new: Whether it may be missing, and is made when it is needed.
+        option: What names it.
 
     Raises:
         InputError: It does not exist, is none, or cannot be written.
     """
-    if new and not folder.exists():
+    check_name(folder)
+    if new and not os.path.lexists(folder):
         folder = folder.parent
-    if not folder.exists():
+    if not os.path.lexists(folder):
         raise InputError(f"the folder {folder} does not exist; make it with: mkdir -p {folder}")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file, not a folder; give another place with --output")
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is a file, not a folder; give another place with {option}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"the folder {folder} cannot be written; give another place with --output")
+        raise InputError(f"the folder {folder} cannot be written; give another place with {option}")
 
 
 def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable[[], object] = lambda: None) -> None:
@@ -100,7 +135,7 @@ def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable
             part,
             format="FFMPEG",  # type: ignore[arg-type]
             fps=fps,
-            codec="libx264",
+            codec=CODEC,
             quality=None,
             macro_block_size=1,
             pixelformat="yuv420p" if even else "yuv444p",
@@ -176,7 +211,7 @@ class VideoFile:
         Raises:
             InputError: It does not exist or is no video.
         """
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"there is no video {path}")
         try:
             with _reader(path) as reader:

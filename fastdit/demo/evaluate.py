@@ -105,7 +105,7 @@ def contact_row(frames: np.ndarray, count: int = 6, scale: int = 2) -> np.ndarra
 
 def main(
     seeds: Annotated[int, typer.Option(help="Seeds of every caption.", min=1)] = 2,
-    first_seed: Annotated[int, typer.Option(help="The first of them.", min=0)] = 0,
+    first_seed: Annotated[int, typer.Option(help="The first of them.", min=0, max=2**63)] = 0,
     captions: Annotated[int, typer.Option(help="How many of the 24 held-out captions.", min=1)] = 24,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,

@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastdit.files import moved_when_complete, read_json_lines
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,19 +23,20 @@ class LossLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_losses(path) if line["step"] <= resume_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with moved_when_complete(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def add(self, **values: float | int | str) -> None:
         """Append one line."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
 def read_losses(path: Path) -> list[dict]:
-    """Return the lines of a loss log, none if there is no file."""
+    """Return the lines of a loss log, none if there is no file; a line that was cut off is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    return [line for _, line in read_json_lines(path)]
 
 
 @contextmanager

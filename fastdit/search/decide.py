@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +51,13 @@ class Target:
             raise ValueError(
                 f"budget is a density in (0, 1], got {self.budget!r}; write 0.25 to keep 25 % of the pairs"
             )
-        if self.speedup is not None and not self.speedup > 0:
-            raise ValueError(f"target_speedup must be above 0, got {self.speedup!r}; write 2 for twice as fast")
-        if self.max_error is not None and not self.max_error >= 0:
+        if self.speedup is not None and not 0 < self.speedup < math.inf:
             raise ValueError(
-                f"max_error must be at least 0, got {self.max_error!r}; write 0.1 for 10 % of a layer's output"
+                f"target_speedup must be a number above 0, got {self.speedup!r}; write 2 for twice as fast"
+            )
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
+            raise ValueError(
+                f"max_error must be a number of at least 0, got {self.max_error!r}; write 0.1 for 10 % of the output"
             )
         if self.end_to_end and self.speedup is None:
             raise ValueError("end_to_end says what target_speedup counts: give both")

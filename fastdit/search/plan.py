@@ -232,7 +232,7 @@ class Plan:
             PlanError: The path does not end in ``.json``, or a method has a value that no file can hold.
         """
         path = Path(path)
-        if path.suffix != ".json":
+        if path.suffix.lower() != ".json":
             raise PlanError(f"a plan is saved to a file that ends in .json, got {shown(path.name)}")
         values = self._values()
         values["candidates"] = [

@@ -80,7 +80,7 @@ def search(
         sampling: Which steps stay dense, are told apart and are looked at; default: the model's preset, with no layer
             kept dense, in three buckets with a step of each.
         arguments: Keywords of the pipeline's call but the prompt, such as ``num_frames`` and ``num_inference_steps``.
-        seed: Of the noise of the first prompt; each of the others has the next.
+        seed: Of the noise of the first prompt, in [-2**63, 2**64); each of the others has the next.
         kernel: Name of the kernel to use; default: the fastest that can run.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the model.
         sensitivity: Whether to measure, with the first prompt, how much each layer's error changes the model's output.
@@ -110,6 +110,7 @@ def search(
     target = Target(budget, target_speedup, max_error, end_to_end)
     methods = sparse_vdit_candidates() if preset == "sparse-vdit" else make_candidates(candidates)
     texts = _check_prompts(prompts)
+    check_seed(seed, len(texts))
     transformers = require_transformers(pipeline)
     if sampling is None:
         sampling = default_sampling(pipeline, preset, limited=limited)
@@ -224,6 +225,22 @@ def check_preset(
         raise ValueError("preset 'paro' calibrates masks that no cost model has times of; leave the cost model out")
     if folder is not None:
         raise ValueError("preset 'paro' keeps no scores, because its masks are calibrated anew; leave the folder out")
+
+
+def check_seed(seed: int, count: int) -> None:
+    """Check that torch takes a seed, and as many that follow it as are needed.
+
+    Args:
+        seed: The first seed.
+        count: How many there are with it, at least 1.
+
+    Raises:
+        ValueError: It does not.
+    """
+    last = seed + count - 1
+    if not -(2**63) <= seed <= last < 2**64:
+        through = "" if count == 1 else f" to {last}, one for each video"
+        raise ValueError(f"seeds are in [-2**63, 2**64), got {seed}{through}; give another seed")
 
 
 def _check_prompts(prompts: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..attention import AttentionMethod, get_method
 from ..attention.paro_plan import ParoPlan
-from .schema import Item, PlanError
+from ..files import LONGEST_NAME, cut
+from .schema import Item, PlanError, shown
 
 NAME = r"[a-z][a-z0-9_]{0,63}"
 WORD = r"[a-z0-9_]{1,32}"
@@ -69,14 +70,29 @@ def _read_option(item: Item, depth: int = 2) -> Any:
     return item.plain(1)
 
 
+def masks_name(path: Path, digest: str) -> str:
+    """Return the name of the file of masks that goes beside a plan.
+
+    Args:
+        path: The plan.
+        digest: SHA-256 of the masks, 64 hexadecimal digits.
+
+    Raises:
+        PlanError: The name of the plan is too long for it, or has signs that a plan must not name.
+    """
+    name = f"{path.stem}-{digest[:16]}.safetensors"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise PlanError(f"the masks of the plan would be named {shown(name)}, which is too long; shorten its name")
+    return Item(name, "the file of the masks").text(BESIDE, called="a plain name; give the plan another one")
+
+
 def _save_masks(masks: ParoPlan, path: Path) -> dict[str, str]:
     """Write masks under a name that their content gives, so that no plan that is there loses its own."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{cut(path.name, 100)}.{os.getpid()}.part")
     try:
         masks.save(str(part))
         digest = _digest(part)
-        name = f"{path.stem}-{digest[:16]}.safetensors"
-        Item(name, "the file of the masks").text(BESIDE, called="a plain name; give the plan another one")
+        name = masks_name(path, digest)
         os.replace(part, path.with_name(name))
     finally:
         part.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""Files that are written and files that are read, kept apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+from .errors import InputError
+
+Named = tuple[str, Path | None]
+"""What a file is, or which option names it, and the file; ``None`` where there is none."""
+
+
+def check_apart(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
+    """Check that no file is written twice, and none that is read, by whatever names and links they are reached.
+
+    Args:
+        written: Files, and folders whose names are not taken yet.
+        read: Files, and folders all of whose files are read.
+
+    Raises:
+        InputError: Two are the same.
+    """
+    known = {key: (what, path) for what, path in read if path is not None for key in _keys(path)}
+    folders = {key: named for key, named in known.items() if os.path.isdir(named[1])}
+    for what, path in written:
+        if path is None:
+            continue
+        for key in _keys(path):
+            if key in known:
+                other, place = known[key]
+                raise InputError(
+                    f"{what} and {other} are the same file, {path} and {place}; give one of them another name"
+                )
+        for parent in Path(os.path.realpath(path)).parents:
+            for key in _keys(parent):
+                if key in folders:
+                    other, place = folders[key]
+                    raise InputError(f"{what} {path} is inside {other} {place}, which is read; give another place")
+        known |= dict.fromkeys(_keys(path), (what, path))
+
+
+def plan_files(path: Path | None, what: str = "--plan") -> Iterator[Named]:
+    """Yield the files of a plan: itself, and masks beside it.
+
+    Args:
+        path: The plan; ``None`` for none.
+        what: What to call it.
+    """
+    if path is not None:
+        yield what, path
+        yield from ((what, file) for file in path.parent.glob("*.safetensors") if file.name.startswith(f"{path.stem}-"))
+
+
+def _keys(path: Path) -> Iterator[Hashable]:
+    real = os.path.realpath(path)
+    yield os.path.normcase(real)
+    if os.path.exists(real):  # hard links, and file systems that do not tell A from a
+        about = os.stat(real)
+        yield about.st_dev, about.st_ino
