@@ -108,7 +108,7 @@ def main(
 def _runs(tensors: tuple[Tensor, ...], mask: BlockMask, backward: bool) -> dict[str, Callable[[], Any]]:
     attention: dict[str, Callable[..., Tensor]] = {
         "dense": scaled_dot_product_attention,
-        "sparse": lambda *qkv: block_sparse_attention(*qkv, mask, kernel="cpu")[0],
+        "sparse": lambda q, k, v: block_sparse_attention(q, k, v, mask, kernel="cpu")[0],
     }
     if not backward:
         return {name: lambda run=run: run(*tensors) for name, run in attention.items()}

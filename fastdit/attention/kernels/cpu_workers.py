@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from threading import Lock, Semaphore, Thread
+from threading import Barrier, Event, Lock, Thread
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -40,6 +40,7 @@ def usable_threads() -> int:
     return 1 if is_in_torch_dispatch_mode() else torch.get_num_threads()
 
 
+@torch.compiler.disable(recursive=True)
 def run_jobs(jobs: Iterable[Job[Any]], threads: int) -> None:
     """Run all jobs; threads with nothing left of their own help with the jobs of others.
 
@@ -98,15 +99,15 @@ def _run_in_threads(jobs: Sequence[_Shared[Any]], threads: int) -> None:
     autocast = torch.is_autocast_enabled("cpu")
     dtype, cached = torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
     within = torch.get_num_threads()
-    ready = Semaphore(0)
+    ready = Barrier(threads + 1)
     errors: list[BaseException] = []
 
-    def work(jobs: Sequence[_Shared[Any]]) -> None:
+    def work(jobs: Sequence[_Shared[Any]], ended: Event) -> None:
         # Without the first line the second one is undone by the thread's first parallel operation.
         torch.get_num_threads()
         torch.set_num_threads(1)
-        ready.release()
         try:
+            ready.wait()
             with (
                 torch.inference_mode(inference),
                 torch.set_grad_enabled(grad),
@@ -118,26 +119,31 @@ def _run_in_threads(jobs: Sequence[_Shared[Any]], threads: int) -> None:
                             return
         except BaseException as error:  # noqa: BLE001 - the caller raises it
             errors.append(error)
+        finally:
+            ended.set()
 
-    started: list[Thread] = []
+    started: list[tuple[Thread, Event]] = []
     try:
         for i in range(threads):
             first = i * len(jobs) // threads
-            thread = Thread(target=work, args=([*jobs[first:], *jobs[:first]],), name=f"fastdit-cpu-{i}")
+            ended = Event()
+            thread = Thread(target=work, args=([*jobs[first:], *jobs[:first]], ended), name=f"fastdit-cpu-{i}")
+            started.append((thread, ended))
             thread.start()
-            started.append(thread)
-        for _ in started:
-            ready.acquire()
+        ready.wait()
         # A thread's count of 1 is also that of threads to come, until another one sets its own.
         torch.set_num_threads(within)
-        for thread in started:
-            thread.join()
+        for _, ended in started:
+            ended.wait()
     except BaseException as error:
         errors.append(error)
+        ready.abort()
         raise
     finally:
-        for thread in started:
-            thread.join()
+        for thread, ended in started:
+            if thread.ident is not None:
+                ended.wait()  # where a join was interrupted, the next one would not wait
+                thread.join()
         torch.set_num_threads(within)
     if errors:
         raise errors.pop(0)
