@@ -130,7 +130,7 @@ def test_cpu_backward_in_low_precision():
 def test_cpu_runs_in_chunks(monkeypatch):
     from fastdit.attention.kernels import cpu
 
-    monkeypatch.setattr(cpu, "_THREAD_BYTES", 1)
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(cpu, "_SLICE", 64)
     for case in (Case(tokens=(500, 400)), Case(heads=(2, 1), tokens=(500, 400), padded=True)):
         check_against_reference(case, torch.float32, "cpu")

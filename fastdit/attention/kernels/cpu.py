@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ...mask import BlockMask
 from .cpu_plan import Plan, head_plans
+from .cpu_workers import run_jobs, usable_threads
 from .means import block_means, dropped_blocks, log_sizes
 from .options import Options
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_THREAD_BYTES = 2 << 20  # measured: smaller chunks cost calls, larger ones fall out of a core's caches
-_MAX_BYTES = 64 << 20
+_CHUNK_BYTES = (
+    2 << 20
+)  # of keys and values; measured: smaller chunks cost calls, larger ones fall out of a core's caches
+_QUERIES = 1 << 10  # of one list in a chunk, at most
+_PRODUCTS = 25_000_000  # multiplications that are worth a thread, about a millisecond of a core
 _SLICE = 1 << 14  # index_select copies slices of 2**15 elements or more one by one, several times slower
 
 
@@ -109,108 +115,177 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: BlockMask, scale: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, *means = tensors
+        q = tensors[0]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for b, h, plan in _heads(q, mask):
-            blocks = _head_blocks([k, v, *means], mask, plan, b, h)
-            out[b, h], lse[b, h] = _head_forward(q[b, h], blocks, plan, mask, scale)
+        heads = list(_heads(tensors, mask, scale))
+        run_jobs((_Forward(head, out, lse) for head in heads), _threads(heads, 1))
         ctx.save_for_backward(out, lse, *tensors)
         ctx.mask, ctx.scale = mask, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
-        q, k, v, *means = tensors
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-        for b, h, plan in _heads(q, ctx.mask):
-            blocks = _head_blocks([k, v, *means], ctx.mask, plan, b, h)
-            head = [x[b, h] for x in (q, out, lse, grads[0])]
-            dq, *of_blocks = _head_backward(head, blocks, plan, ctx.mask, ctx.scale)
-            parts[0][b, h] = dq
-            for i, grad in enumerate(of_blocks):
-                parts[1 + i][b, h] = grad[: ctx.mask.num_k].flatten(0, 1)[: k.shape[2]]
-                if means:
-                    parts[3 + i][b, h] = grad[ctx.mask.num_k :].flatten(0, 1)[: ctx.mask.num_k]
+        heads = list(_heads(tensors, ctx.mask, ctx.scale))
+        run_jobs((_Backward(head, out, lse, grads[0], parts) for head in heads), _threads(heads, 2.5))
         return None, None, *parts
 
 
-def _heads(q: Tensor, mask: BlockMask) -> Iterator[tuple[int, int, Plan]]:
-    plans = head_plans(mask)
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """One head of a call.
+
+    Args:
+        at: Sample and head.
+        plan: How it runs.
+        mask: The blocks.
+        scale: Softmax scale.
+        tensors: Queries, keys, values, and the means of keys and of values if they stand in, of all heads.
+        stand_ins: Which blocks stand in and the log of their sizes, ``(Nq, Nk)`` bool and ``(Nk,)``, if they do.
+    """
+
+    at: tuple[int, int]
+    plan: Plan
+    mask: BlockMask
+    scale: float
+    tensors: Sequence[Tensor]
+    stand_ins: tuple[Tensor, Tensor] | None
+
+    @property
+    def products(self) -> int:
+        """Count the multiplications of the forward in listed blocks."""
+        pairs = sum(len(group.lists) * group.shared * group.keys for group in self.plan.groups)
+        return 2 * pairs * self.mask.block_q * self.tensors[0].shape[3]
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Take what belongs to the queries of this head: ``(Nq, block_q, D)``, in the plan's order.
+
+        Args:
+            x: ``(B, H, Sq, D)``.
+        """
+        return _reorder(_blocks(x[self.at], self.mask.block_q), self.plan)
+
+    def blocks(self) -> _Blocks:
+        """Take the keys and values of this head."""
+        keys, values = (_blocks(x[self.at], self.mask.block_k) for x in self.tensors[1:3])
+        if self.stand_ins is None:
+            return _Blocks(keys, values, None)
+        more_keys, more_values = (_blocks(x[self.at].to(keys.dtype), self.mask.block_k) for x in self.tensors[3:])
+        dropped, sizes = self.stand_ins
+        bias = torch.where(_reorder(dropped, self.plan), sizes, -torch.inf)
+        bias = pad(bias, (0, len(more_keys) * self.mask.block_k - self.mask.num_k), value=-torch.inf)
+        return _Blocks(torch.cat([keys, more_keys]), torch.cat([values, more_values]), bias)
+
+
+def _heads(tensors: Sequence[Tensor], mask: BlockMask, scale: float) -> Iterator[_Head]:
+    q, plans, means = tensors[0], head_plans(mask), len(tensors) > 3
+    if means:
+        # In bf16 the log of a size would be off by 1 %.
+        sizes = log_sizes(mask, torch.promote_types(q.dtype, torch.float32))
+        dropped, sizes = dropped_blocks(mask).expand(*q.shape[:2], -1, -1), sizes.expand(*q.shape[:2], -1)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             row = plans[b if len(plans) > 1 else 0]
-            yield b, h, row[h if len(row) > 1 else 0]
+            plan = row[h if len(row) > 1 else 0]
+            yield _Head((b, h), plan, mask, scale, tensors, (dropped[b, h], sizes[b, h]) if means else None)
 
 
-def _head_blocks(tensors: list[Tensor], mask: BlockMask, plan: Plan, b: int, h: int) -> _Blocks:
-    keys, values = (_blocks(x[b, h], mask.block_k) for x in tensors[:2])
-    if len(tensors) == 2:
-        return _Blocks(keys, values, None)
-    # In bf16 the log of a size would be off by 1 %.
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    more_keys, more_values = (_blocks(x[b, h].to(keys.dtype), mask.block_k) for x in tensors[2:])
-    shape = torch.broadcast_shapes(mask.indices.shape[:2], mask.lengths_k.shape[:2])
-    head = (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0)
-    dropped, sizes = (x.expand(*shape, *x.shape[2:])[head] for x in (dropped_blocks(mask), log_sizes(mask, dtype)))
-    bias = torch.where(_reorder(dropped, plan), sizes, -torch.inf)
-    bias = pad(bias, (0, len(more_keys) * mask.block_k - mask.num_k), value=-torch.inf)
-    return _Blocks(torch.cat([keys, more_keys]), torch.cat([values, more_values]), bias)
+def _threads(heads: list[_Head], products: float) -> int:
+    return max(1, min(usable_threads(), int(products * sum(head.products for head in heads) / _PRODUCTS)))
 
 
-def _head_forward(q: Tensor, blocks: _Blocks, plan: Plan, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    dim = q.shape[1]
-    queries = _reorder(_blocks(q, mask.block_q), plan)
-    lse = torch.full_like(queries[..., 0], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    out = torch.zeros_like(queries)
-    workspace = q.new_empty(2, _workspace(plan, blocks))
-    for chunk in _chunks(plan, blocks):
-        part_out, part_lse = _attention(
-            queries[chunk.rows].view(len(chunk.lists), 1, -1, dim),
-            _gather(blocks.keys, chunk, workspace[0]),
-            _gather(blocks.values, chunk, workspace[1]),
-            attn_mask=chunk.bias,
-            scale=scale,
+class _Forward:
+    def __init__(self, head: _Head, out: Tensor, lse: Tensor) -> None:
+        self._head, self._results = head, (out, lse)
+
+    def start(self) -> Iterator[_Chunk]:
+        head = self._head
+        self._blocks = head.blocks()
+        self._queries = head.queries(head.tensors[0])
+        dtype = torch.promote_types(self._queries.dtype, torch.float32)
+        self._lse = torch.full_like(self._queries[..., 0], -torch.inf, dtype=dtype)
+        self._out = torch.zeros_like(self._queries)
+        return _chunks(head.plan, self._blocks, head.mask.block_q)
+
+    def step(self, step: _Chunk) -> None:
+        lists, dim = len(step.lists), self._queries.shape[2]
+        out, lse = _attention(
+            self._queries[step.rows].view(lists, 1, -1, dim),
+            _gather(self._blocks.keys, step),
+            _gather(self._blocks.values, step),
+            attn_mask=step.bias,
+            scale=self._head.scale,
         )
-        if chunk.bias is not None and not chunk.listed:
+        if step.bias is not None and not step.listed:
             # A row without keys comes back with 0 for its log-sum-exp.
-            part_lse = part_lse.view(len(chunk.lists), -1).where((chunk.bias > -torch.inf).any(-1)[:, 0], -torch.inf)
-        out[chunk.rows], lse[chunk.rows] = part_out.view(-1, mask.block_q, dim), part_lse.reshape(-1, mask.block_q)
-    return _restore(out, plan, len(q)), _restore(lse, plan, len(q))
+            lse = lse.view(lists, -1).where((step.bias > -torch.inf).any(-1)[:, 0], -torch.inf)
+        block = self._head.mask.block_q
+        self._out[step.rows], self._lse[step.rows] = out.view(-1, block, dim), lse.reshape(-1, block)
+
+    def finish(self) -> None:
+        for whole, part in zip(self._results, (self._out, self._lse), strict=True):
+            whole[self._head.at] = _restore(part, self._head.plan, whole.shape[2])
 
 
-def _head_backward(tensors: list[Tensor], blocks: _Blocks, plan: Plan, mask: BlockMask, scale: float) -> list[Tensor]:
-    q, out, lse, grad = tensors
-    dim = q.shape[1]
-    queries, outs, grads = (_reorder(_blocks(x, mask.block_q), plan) for x in (q, out, grad))
-    lses = _reorder(_blocks(lse[:, None], mask.block_q), plan)
-    # A row that attends to nothing at all must come out as 0, not as -inf minus -inf.
-    lses = lses.where(lses > -torch.inf, 0)
-    dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (queries, blocks.keys, blocks.values))
-    workspace = q.new_empty(2, _workspace(plan, blocks))
-    for chunk in _chunks(plan, blocks):
-        lists = len(chunk.lists)
-        part_q, part_k, part_v = _attention_backward(
-            grads[chunk.rows].view(lists, 1, -1, dim),
-            queries[chunk.rows].view(lists, 1, -1, dim),
-            _gather(blocks.keys, chunk, workspace[0]),
-            _gather(blocks.values, chunk, workspace[1]),
-            outs[chunk.rows].view(lists, 1, -1, dim),
-            lses[chunk.rows].view(lists, 1, -1),
+class _Backward:
+    def __init__(self, head: _Head, out: Tensor, lse: Tensor, grad: Tensor, parts: list[Tensor]) -> None:
+        self._head, self._inputs, self._results = head, (out, grad, lse[..., None]), parts
+        self._lock = Lock()
+        self._waiting: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._added = 0
+
+    def start(self) -> Iterator[tuple[int, _Chunk]]:
+        head = self._head
+        self._blocks = head.blocks()
+        self._queries, self._out, self._grad, lse = (head.queries(x) for x in (head.tensors[0], *self._inputs))
+        # A row that attends to nothing at all must come out as 0, not as -inf minus -inf.
+        self._lse = lse.where(lse > -torch.inf, 0)
+        like = (self._queries, self._blocks.keys, self._blocks.values)
+        self._dq, self._dk, self._dv = (torch.zeros_like(x, dtype=lse.dtype) for x in like)
+        return enumerate(_chunks(head.plan, self._blocks, head.mask.block_q))
+
+    def step(self, step: tuple[int, _Chunk]) -> None:
+        number, chunk = step
+        lists, dim = len(chunk.lists), self._queries.shape[2]
+        dq, dk, dv = _attention_backward(
+            self._grad[chunk.rows].view(lists, 1, -1, dim),
+            self._queries[chunk.rows].view(lists, 1, -1, dim),
+            _gather(self._blocks.keys, chunk),
+            _gather(self._blocks.values, chunk),
+            self._out[chunk.rows].view(lists, 1, -1, dim),
+            self._lse[chunk.rows].view(lists, 1, -1),
             0.0,
             False,
             attn_mask=chunk.bias,
-            scale=scale,
+            scale=self._head.scale,
         )
-        dq[chunk.rows] = part_q.reshape(-1, mask.block_q, dim).to(dq.dtype)
-        for total, part in ((dk, part_k), (dv, part_v)):
-            tail = chunk.lists.shape[1] * mask.block_k - part.shape[2]
-            total.index_add_(
-                0, chunk.lists.flatten(), pad(part, (0, 0, 0, tail)).view(-1, mask.block_k, dim).to(total.dtype)
-            )
-    return [_restore(dq, plan, len(q)), dk, dv]
+        self._dq[chunk.rows] = dq.reshape(-1, self._head.mask.block_q, dim).to(self._dq.dtype)
+        # Added up in the order of the chunks, sums are the same bits whichever thread is first.
+        with self._lock:
+            self._waiting[number] = (chunk.lists, dk, dv)
+            while self._added in self._waiting:
+                self._add(*self._waiting.pop(self._added))
+                self._added += 1
+
+    def _add(self, lists: Tensor, *parts: Tensor) -> None:
+        block = self._head.mask.block_k
+        for total, part in zip((self._dk, self._dv), parts, strict=True):
+            tail = lists.shape[1] * block - part.shape[2]
+            part = pad(part, (0, 0, 0, tail)).view(-1, block, part.shape[3])
+            total.index_add_(0, lists.flatten(), part.to(total.dtype))
+
+    def finish(self) -> None:
+        head, num_k = self._head, self._head.mask.num_k
+        dq, *of_keys = self._results
+        dq[head.at] = _restore(self._dq, head.plan, dq.shape[2])
+        for i, total in enumerate((self._dk, self._dv)):
+            of_keys[i][head.at] = total[:num_k].flatten(0, 1)[: of_keys[i].shape[2]]
+            if head.stand_ins is not None:
+                of_keys[2 + i][head.at] = total[num_k:].flatten(0, 1)[:num_k]
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -226,7 +301,7 @@ def _restore(x: Tensor, plan: Plan, tokens: int) -> Tensor:
     return (x if plan.identity else x.index_select(0, plan.inverse)).flatten(0, 1)[:tokens]
 
 
-def _chunks(plan: Plan, blocks: _Blocks) -> Iterator[_Chunk]:
+def _chunks(plan: Plan, blocks: _Blocks, block_q: int) -> Iterator[_Chunk]:
     block = blocks.keys.shape[1]
     for group in plan.groups:
         lists, first, keys = group.lists, group.first, group.keys
@@ -242,27 +317,18 @@ def _chunks(plan: Plan, blocks: _Blocks) -> Iterator[_Chunk]:
                 added, keys = torch.cat([stand_ins, added], -1), keys + more * block
         if keys == 0:
             continue
-        step = _step(blocks.keys[: lists.shape[1]])
+        most = max(1, _QUERIES // block_q)
+        step = 1 if group.shared > most else max(1, _CHUNK_BYTES // (2 * blocks.keys[: lists.shape[1]].nbytes))
         for i in range(0, len(lists), step):
             part = lists[i : i + step]
-            start = group.start + i * group.shared
             bias = None if added is None else added[i : i + step]
-            yield _Chunk(slice(start, start + len(part) * group.shared), part, keys, first, bias, group.keys > 0)
+            start, end = (group.start + n * group.shared for n in (i, i + len(part)))
+            width = most if group.shared > most else end - start
+            for row in range(start, end, width):
+                yield _Chunk(slice(row, min(row + width, end)), part, keys, first, bias, group.keys > 0)
 
 
-def _step(keys: Tensor) -> int:
-    budget = min(_MAX_BYTES, _THREAD_BYTES * torch.get_num_threads())
-    return max(1, budget // (2 * keys.nbytes))
-
-
-def _workspace(plan: Plan, blocks: _Blocks) -> int:
-    block, dim = blocks.keys.shape[1:]
-    more = 0 if blocks.stand_ins is None else blocks.stand_ins.shape[-1] // block
-    counts = [(len(group.lists), group.lists.shape[1] + more) for group in plan.groups if more or group.first is None]
-    return max((min(lists, _step(blocks.keys[: max(1, n)])) * n for lists, n in counts), default=0) * block * dim
-
-
-def _gather(blocks: Tensor, chunk: _Chunk, workspace: Tensor) -> Tensor:
+def _gather(blocks: Tensor, chunk: _Chunk) -> Tensor:
     lists, count = chunk.lists.shape
     block, dim = blocks.shape[1:]
     if chunk.first is not None:
@@ -273,6 +339,5 @@ def _gather(blocks: Tensor, chunk: _Chunk, workspace: Tensor) -> Tensor:
     index = chunk.lists.flatten()
     if parts > 1:
         index = (index[:, None] * parts + torch.arange(parts, device=index.device)).flatten()
-    gathered = workspace[: lists * count * block * dim].view(len(index), -1)
-    torch.index_select(blocks.view(-1, gathered.shape[1]), 0, index, out=gathered)
+    gathered = blocks.view(-1, block * dim // parts).index_select(0, index)
     return gathered.view(lists, 1, -1, dim)[:, :, : chunk.keys]
