@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..tokens import TokenSpec, VideoGrid
+from ..tokens import TokenSpec
 
 if TYPE_CHECKING:
-    from .runtime import Runtime
+    from .runtime import Forward, Runtime
 
 PLACES = ("rotary", "entry", "exit")
+
+_TRUSTED = ("torch", "diffusers", "peft", "accelerate", "fastdit", "bitsandbytes", "torchao", "optimum")
+"""Packages whose modules treat each token by itself where the models of diffusers use them."""
+
+_BLIND = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting", "peft_autocast_disable")
+"""Hooks of diffusers that move or cast weights and look at no tokens."""
 
 
 class Crossing:
@@ -89,24 +95,24 @@ def add_crossings(transformer: Module, runtime: Runtime) -> list[Any]:
 
 
 def order_once(
-    runtime: Runtime, transformer: Module, arguments: Mapping[str, Any], grid: VideoGrid | str
+    runtime: Runtime, transformer: Module, arguments: Mapping[str, Any], forward: Forward
 ) -> TokenSpec | None:
     """Return the tokens of a forward pass if they may be ordered once for all layers, else ``None``.
 
-    They may where all layers that run sparse have one order without gaps, and nothing but the blocks works on tokens
-    meanwhile: no values per token, no cache that keeps tokens from one step to the next, no other forward.
+    They may where all layers that run sparse have one order without gaps, and nothing but the blocks sees tokens
+    meanwhile: no values per token, and nothing of anybody else's inside the transformer.
 
     Args:
         runtime: What runs the attention of the transformer.
         transformer: The model.
         arguments: The arguments of its forward, by name.
-        grid: The video tokens, or the reason why they are unknown.
+        forward: The forward pass.
     """
     boundary = runtime.family.boundary(transformer)
-    if boundary is None or isinstance(grid, str) or torch.is_grad_enabled():
+    if boundary is None or isinstance(forward.grid, str) or torch.is_grad_enabled():
         return None
-    tokens = TokenSpec(grid)
-    if runtime.shared_order(tokens) is None or runtime.all_dense() or _altered(transformer):
+    tokens = TokenSpec(forward.grid)
+    if runtime.shared_order(tokens) is None or runtime.all_dense(forward.position):
         return None
     attentions: list[Any] = [module for _, module in runtime.family.self_attentions(transformer)]
     if any(getattr(module.processor, "_parallel_config", None) is not None for module in attentions):
@@ -115,7 +121,8 @@ def order_once(
         return None
     modules = [transformer.get_submodule(getattr(boundary, place)) for place in PLACES]
     hooked = (any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules)
-    return tokens if all(hooked) else None  # adapters wrap modules, and leave the hook inside
+    # adapters wrap modules, and leave the hook inside
+    return tokens if all(hooked) and not _watched(transformer) else None
 
 
 def check_crossed(crossed: list[str], title: str) -> None:
@@ -135,16 +142,37 @@ def check_crossed(crossed: list[str], title: str) -> None:
         )
 
 
-def _altered(transformer: Module) -> bool:
-    """Say whether something else may see tokens during a forward."""
-    model: Any = transformer
-    own = model.__dict__.get("_old_forward", model.__dict__.get("forward"))  # accelerate keeps the one that it wraps
-    stock = type(model).forward
-    return (
-        stock.__module__ != type(model).__module__
-        or (own is not None and getattr(own, "__func__", None) is not stock)
-        or getattr(model, "is_cache_enabled", False)
+def _watched(transformer: Module) -> bool:
+    """Say whether somebody else may see, change or keep tokens during a forward."""
+    hooks = torch.nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return True
+    if getattr(transformer, "is_cache_enabled", False) or _changed(transformer):
+        return True
+    return any(
+        module._forward_pre_hooks
+        or not all(isinstance(hook, Crossing) for hook in module._forward_hooks.values())
+        or _changed(module)
+        for module in transformer.modules()
+        if module is not transformer  # its own hooks see what goes in and comes out
     )
+
+
+def _changed(module: Module) -> bool:
+    """Say whether a module does not compute what its class in a trusted package does."""
+    own, classes = module.__dict__, [type(module).forward]
+    if "processor" in own:
+        classes.append(type(own["processor"]).__call__)
+    if any(getattr(f, "__globals__", {}).get("__name__", "").partition(".")[0] not in _TRUSTED for f in classes):
+        return True
+    registry = own.get("_diffusers_hook")
+    if registry is not None and not set(registry.hooks) <= set(_BLIND):
+        return True
+    # accelerate, which keeps the forward that it wraps, moves weights
+    forward = own.get("_old_forward" if type(own.get("_hf_hook")).__module__.startswith("accelerate.") else "forward")
+    if forward is None or (registry is not None and registry.hooks):
+        return False
+    return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _nobody() -> Callable[[Module, tuple[Any, ...], Any], None]:
