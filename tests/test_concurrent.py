@@ -38,7 +38,7 @@ def view(pipe):
 def make(pipe, seed):
     """Make the video of a seed, with random size, steps and guidance; ``None`` where it is ended in the middle."""
     choose = random.Random(seed)
-    size = choose.choice([(5, 64, 64), (9, 64, 96), (9, 80, 64)])
+    size = choose.choice([(5, 64, 64), (9, 64, 96), (9, 96, 64)])
     steps, guidance, end = choose.randint(1, 4), choose.choice([1.0, 5.0]), choose.choice([None, None, 0, 1])
 
     def stop(pipe, step, timestep, tensors):
@@ -80,7 +80,7 @@ def check(kind, name, videos, threads, keep_views):
         expected = make(fresh, seed)
         assert (found[seed] is None) == (expected is None)
         if expected is not None:
-            torch.testing.assert_close(found[seed], expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"video {seed}: {m}")
+            torch.testing.assert_close(found[seed], expected, rtol=1e-4, atol=1e-5)
     gc.collect()
     layers = len(installed(pipe.transformer).runtime.layers)
     assert max(memories for memories, _ in memory) <= layers * threads * PASSES
@@ -88,9 +88,16 @@ def check(kind, name, videos, threads, keep_views):
     assert max(entries[WARM:], default=0) <= max(entries[:WARM])
 
 
-@pytest.mark.parametrize("keep_views", [False, True])
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", ["wan", "ltx", "hunyuan_video"])
+@pytest.mark.parametrize(
+    ("kind", "name", "keep_views"),
+    [
+        ("wan", "draft", False),
+        ("wan", "radial", True),
+        ("wan", "profiled", False),
+        ("ltx", "draft", True),
+        ("hunyuan_video", "profiled", False),
+    ],
+)
 def test_threads_over_one_transformer(kind, name, keep_views):
     check(kind, name, videos=10, threads=2, keep_views=keep_views)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
-from fastdit.pipelines.context import MAX_PARTS, MAX_PASSES, PassContext, Run, RunTracker
+from fastdit.pipelines.context import MAX_PARTS, MAX_PASSES, PassContext, Run
 from fastdit.pipelines.intercept import installed
 
 CFG = ("cond", "uncond")

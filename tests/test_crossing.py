@@ -196,7 +196,7 @@ def test_copies_cross_by_themselves():
 @pytest.fixture
 def unseen(monkeypatch):
     """Let others go unnoticed, as code that hides behind the stock classes might."""
-    monkeypatch.setattr(crossing, "_watched", lambda transformer: False)
+    monkeypatch.setattr(crossing, "watched", lambda transformer, ours: False)
 
 
 def test_tokens_that_do_not_come_back_are_an_error(unseen):

@@ -11,17 +11,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..tokens import TokenSpec
+from .strangers import watched
 
 if TYPE_CHECKING:
-    from .runtime import Forward, Runtime
+    from .forward import Forward
+    from .runtime import Runtime
 
 PLACES = ("rotary", "entry", "exit")
-
-_TRUSTED = ("torch", "diffusers", "peft", "accelerate", "fastdit", "bitsandbytes", "torchao", "optimum")
-"""Packages whose modules treat each token by itself where the models of diffusers use them."""
-
-_BLIND = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting", "peft_autocast_disable")
-"""Hooks of diffusers that move or cast weights and look at no tokens."""
 
 
 class Crossing:
@@ -112,7 +108,8 @@ def order_once(
     if boundary is None or isinstance(forward.grid, str) or torch.is_grad_enabled():
         return None
     tokens = TokenSpec(forward.grid)
-    if runtime.shared_order(tokens) is None or runtime.all_dense(forward.position):
+    reasons = (runtime.dense_reason(layer.index, forward.position) for layer in runtime.layers)
+    if runtime.shared_order(tokens) is None or all(reason is not None for reason in reasons):
         return None
     attentions: list[Any] = [module for _, module in runtime.family.self_attentions(transformer)]
     if any(getattr(module.processor, "_parallel_config", None) is not None for module in attentions):
@@ -122,7 +119,7 @@ def order_once(
     modules = [transformer.get_submodule(getattr(boundary, place)) for place in PLACES]
     hooked = (any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules)
     # adapters wrap modules, and leave the hook inside
-    return tokens if all(hooked) and not _watched(transformer) else None
+    return tokens if all(hooked) and not watched(transformer, Crossing) else None
 
 
 def check_crossed(crossed: list[str], title: str) -> None:
@@ -140,39 +137,6 @@ def check_crossed(crossed: list[str], title: str) -> None:
             f"the tokens of the {title} were put into order by {', '.join(crossed)}, not once by each of "
             f"{', '.join(PLACES)}: something else changes its forward. Remove it, or call disable_sparse_attention()"
         )
-
-
-def _watched(transformer: Module) -> bool:
-    """Say whether somebody else may see, change or keep tokens during a forward."""
-    hooks = torch.nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return True
-    if getattr(transformer, "is_cache_enabled", False) or _changed(transformer):
-        return True
-    return any(
-        module._forward_pre_hooks
-        or not all(isinstance(hook, Crossing) for hook in module._forward_hooks.values())
-        or _changed(module)
-        for module in transformer.modules()
-        if module is not transformer  # its own hooks see what goes in and comes out
-    )
-
-
-def _changed(module: Module) -> bool:
-    """Say whether a module does not compute what its class in a trusted package does."""
-    own, classes = module.__dict__, [type(module).forward]
-    if "processor" in own:
-        classes.append(type(own["processor"]).__call__)
-    if any(getattr(f, "__globals__", {}).get("__name__", "").partition(".")[0] not in _TRUSTED for f in classes):
-        return True
-    registry = own.get("_diffusers_hook")
-    if registry is not None and not set(registry.hooks) <= set(_BLIND):
-        return True
-    # accelerate, which keeps the forward that it wraps, moves weights
-    forward = own.get("_old_forward" if type(own.get("_hf_hook")).__module__.startswith("accelerate.") else "forward")
-    if forward is None or (registry is not None and registry.hooks):
-        return False
-    return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _nobody() -> Callable[[Module, tuple[Any, ...], Any], None]:

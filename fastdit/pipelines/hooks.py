@@ -43,7 +43,7 @@ def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> No
     """
     installation = installed(transformer)
     if installation is not None:
-        installation.runtime.end(failed=output is None)
+        installation.runtime.end(transformer, failed=output is None)
 
 
 @torch.compiler.disable(

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from ..tokens import AttentionCall, TokenSpec, VideoGrid
 from .base import ModelFamily
 from .context import Position, Run, RunTracker
 from .crossing import check_crossed, order_once
-from .padding import PaddingReader
+from .forward import Forward, Memory, Recall
 from .stats import LayerStats
+from .strangers import replaced
 from .weights import Weights
 
 LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
@@ -46,72 +47,6 @@ class Settings:
     schedule: Schedule
     kernel: str | None = None
     precision: str | None = None
-
-
-@dataclass
-class Forward:
-    """A forward pass of one thread: the running one, or its latest, which checkpointing may recompute.
-
-    Args:
-        position: Its place in the denoising run.
-        recall: What its run remembers.
-        grid: The video tokens, or the reason why they are unknown.
-        calls: Attention calls that each layer makes in it.
-        entered: How often the processor of each layer was called so far; not counted in compiled graphs.
-        reached: Attention calls so far, per layer.
-        mask_source: The argument that the model makes its attention mask from, if there is one.
-        specs: What a sequence is made up of, or why that is unknown, by its length.
-        ordered: Its tokens, if they are put into the order of the method once for all layers.
-        crossed: Where they were put into it, or back.
-    """
-
-    position: Position
-    recall: Recall
-    grid: VideoGrid | str
-    calls: int
-    entered: list[int]
-    reached: list[int]
-    mask_source: Any = None
-    specs: dict[int, TokenSpec | str] = field(default_factory=dict)
-    ordered: TokenSpec | None = None
-    crossed: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Memory:
-    """A method's state for one layer, guidance pass, turn and sample group, and what it was made for.
-
-    Args:
-        state: What the method remembers.
-        video: Number of the video.
-        shape: Shape and device of the queries, and the make-up of the tokens.
-        step: The denoising step of the latest call, -1 before the first.
-        excuses: Why the running call is not in low precision.
-    """
-
-    state: MethodState
-    video: int
-    shape: tuple[Any, ...]
-    step: int = -1
-    excuses: set[str] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class Recall:
-    """What the layers of a transformer remember of the videos of one run.
-
-    Args:
-        padding: Reads the masks of its calls.
-        memories: By layer, guidance pass, turn and sample group.
-    """
-
-    padding: PaddingReader = field(default_factory=PaddingReader)
-    memories: dict[tuple[int, str, int, int], Memory] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.padding.clear()
-        self.memories.clear()
 
 
 class Layer:
@@ -341,10 +276,11 @@ class Runtime:
         """Return the forward pass of the calling thread; a thread of autograd recomputes the latest with gradients."""
         return getattr(self._thread, "forward", self._recomputed)
 
-    def end(self, failed: bool = False) -> None:
+    def end(self, transformer: Module, failed: bool = False) -> None:
         """Take note that the forward pass has ended; after the first, check that every layer took part.
 
         Args:
+            transformer: The model.
             failed: Whether it ended with an error.
 
         Raises:
@@ -359,14 +295,16 @@ class Runtime:
             return
         check_crossed(forward.crossed, self.title)
         if not self.complete:
-            self._check_reached(forward)
+            self._check_reached(transformer, forward)
             self.complete = True
 
-    def _check_reached(self, forward: Forward) -> None:
+    def _check_reached(self, transformer: Module, forward: Forward) -> None:
         missing = [layer for layer in self.layers if forward.reached[layer.index] < forward.calls]
         names = ", ".join(layer.name for layer in missing[:4]) + (", ..." if len(missing) > 4 else "")
         what = f"{len(missing)} of {len(self.layers)} self-attention layers of the {self.title}: {names}"
-        if len(missing) == len(self.layers) or any(forward.entered[layer.index] for layer in missing):
+        if len(missing) == len(self.layers) or any(
+            forward.entered[layer.index] or replaced(transformer.get_submodule(layer.name)) for layer in missing
+        ):
             raise RuntimeError(
                 f"sparse attention did not reach {what}. Something else replaces "
                 "their attention call: another add-on, context parallelism under torch.compile, or a diffusers version "
@@ -387,14 +325,6 @@ class Runtime:
             position: The place in the run.
         """
         return self.settings.schedule.dense_reason(layer, len(self.layers), max(position.step, 0), position.num_steps)
-
-    def all_dense(self, position: Position) -> bool:
-        """Say whether the schedule keeps all layers dense in a step.
-
-        Args:
-            position: The place in the run.
-        """
-        return all(self.dense_reason(layer.index, position) is not None for layer in self.layers)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
         """Return the order that tokens may be in throughout a forward pass: ``(n,)`` int64 on the CPU, or ``None``.
