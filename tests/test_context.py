@@ -1,5 +1,8 @@
 """Steps, guidance passes and videos are told apart, whoever knows about them."""
 
+import contextlib
+import copy
+import gc
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -10,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
-from fastdit.pipelines.context import PassContext, RunTracker
+from fastdit.pipelines.context import MAX_PARTS, MAX_PASSES, PassContext, Run
+from fastdit.pipelines.intercept import installed
 
 CFG = ("cond", "uncond")
 
@@ -183,29 +187,29 @@ def test_another_pipeline_with_the_same_transformer():
     recorder.calls.clear()
     tiny.run(other, steps=3, guidance=1.0)
     assert [call.step for call in recorder.calls] == [0, 1, 2]
-    assert {call.num_steps for call in recorder.calls} == {None}
+    assert {call.num_steps for call in recorder.calls} == {3}
 
 
-def follow(tracker, timesteps):
+def follow(run, timesteps, said=None):
     seen = []
     for timestep in timesteps:
-        tracker.begin(timestep)
-        seen.append((tracker.run, tracker.step, tracker.branch))
+        position = run.begin(timestep, said)
+        seen.append((position.video, position.step, position.branch))
     return seen
 
 
 def test_bare_transformer_follows_the_timestep():
-    tracker = RunTracker()
+    run = Run()
     tensor = torch.tensor([500.0, 500.0])
-    assert follow(tracker, [1000, 1000, 750.0, 750.0, tensor, tensor]) == [
+    assert follow(run, [1000, 1000, 750.0, 750.0, tensor, tensor]) == [
         (0, step, branch) for step in range(3) for branch in CFG
     ]
-    assert follow(tracker, [1000, 750]) == [(1, 0, "cond"), (1, 1, "cond")]
-    assert tracker.num_steps is None
+    assert follow(run, [1000, 750]) == [(1, 0, "cond"), (1, 1, "cond")]
+    assert run.begin(500).num_steps is None
 
 
 def test_timesteps_may_rise():
-    assert follow(RunTracker(), [0, 250, 500, 0, 250]) == [
+    assert follow(Run(), [0, 250, 500, 0, 250]) == [
         (0, 0, "cond"),
         (0, 1, "cond"),
         (0, 2, "cond"),
@@ -214,50 +218,133 @@ def test_timesteps_may_rise():
     ]
 
 
-def test_timesteps_per_token_are_compared_by_their_largest():
-    first_frame_known = [torch.tensor([[0.0, t, t]]) for t in (900.0, 900.0, 600.0)]
-    assert [step for _, step, _ in follow(RunTracker(), first_frame_known)] == [0, 0, 1]
+@pytest.mark.parametrize("frames", [[(0.0, 900.0, 900.0), (0.0, 600.0, 600.0)], [(900.0, 900.0), (600.0, 900.0)]])
+def test_timesteps_per_frame_move_when_any_of_them_does(frames):
+    """A known first frame stays at 0, and in diffusion forcing later frames wait for earlier ones."""
+    timesteps = [torch.tensor([frames[i]]) for i in (0, 0, 1)]
+    assert [step for _, step, _ in follow(Run(), timesteps)] == [0, 0, 1]
 
 
-def test_constant_timesteps_do_not_pile_up_branches():
-    branches = {branch for _, _, branch in follow(RunTracker(), [1000] * 50)}
-    assert branches == {"cond", "uncond", "pass 2", "pass 3"}
+@pytest.mark.parametrize("said", [None, PassContext("cond")])
+def test_constant_timesteps_do_not_pile_up_passes(said):
+    run = Run()
+    positions = [run.begin(1000, said) for _ in range(50)]
+    assert {position.step for position in positions} == {0}
+    assert max(position.turn for position in positions) < MAX_PASSES
+    assert {position.branch for position in positions} <= {"cond", "uncond", "pass 2", "pass 3"}
+    assert positions[-1].video == 49 // MAX_PASSES
 
 
-def test_named_passes_at_a_constant_timestep_stay_one_step():
-    tracker = RunTracker()
-    with tracker.named(PassContext("cond")):
-        assert set(follow(tracker, [1000] * 9)) == {(0, 0, "cond")}
+def test_many_parts_of_a_batch_keep_their_step():
+    steps = [step for _, step, _ in follow(Run(), [t for t in (900, 600, 300) for _ in range(10)])]
+    assert steps == [0] * 10 + [1] * 10 + [2] * 10
 
 
 def test_no_timestep_at_all():
-    assert follow(RunTracker(), [None, None])[0] == (0, 0, "cond")
+    assert follow(Run(), [None, None])[0] == (0, 0, "cond")
 
 
 def test_a_pipeline_that_skips_the_first_timesteps():
     timesteps = torch.linspace(1000, 100, 10)
-    scheduler = SimpleNamespace(timesteps=timesteps, step_index=None)
-    pipe = _Pipeline(scheduler)
-    tracker = RunTracker(pipe)
-    seen = []
-    for index in (None, 4, 5, 6):
+    scheduler, run, seen = SimpleNamespace(timesteps=timesteps, step_index=None), Run(), []
+    for index, value in ((None, 3), (4, 4), (5, 5), (6, 6)):
         scheduler.step_index = index
-        tracker.begin(timesteps[0])
-        seen.append((tracker.step, tracker.num_steps))
+        position = run.begin(timesteps[value].clone(), scheduler=scheduler, num_steps=7)
+        seen.append((position.step, position.num_steps))
     assert seen == [(0, 7), (1, 7), (2, 7), (3, 7)]
 
 
-def test_scheduler_without_an_index_is_read_without_looking_at_values():
+def test_an_entry_of_the_list_of_timesteps_says_its_index_without_a_look_at_values():
     timesteps = torch.linspace(1000, 100, 10)
-    pipe = _Pipeline(SimpleNamespace(timesteps=timesteps))
-    tracker = RunTracker(pipe)
+    scheduler, run = SimpleNamespace(timesteps=timesteps), Run()
     for index, timestep in enumerate(timesteps[3:]):
-        tracker.begin(timestep.expand(2))
-        assert (tracker.step, tracker.num_steps) == (index, 7)
+        position = run.begin(timestep.expand(2), scheduler=scheduler, num_steps=7)
+        assert (position.step, position.num_steps) == (index, 7)
 
 
-class _Pipeline:
-    _num_timesteps = 7
+def test_a_scheduler_whose_copies_are_stepped_in_its_place():
+    """Diffusion forcing has a scheduler for each frame, and the pipeline's own never leaves its first step."""
+    scheduler, run, seen = SimpleNamespace(timesteps=torch.linspace(1000, 100, 4), step_index=None), Run(), []
+    for value in (900, 900, 600, 600, 300, 300):
+        position = run.begin(torch.full((1, 3), float(value)), scheduler=scheduler)
+        seen.append((position.step, position.branch, position.turn, position.num_steps))
+    assert seen == [(step, branch, 0, 4) for step in range(3) for branch in CFG]
+    scheduler.timesteps = scheduler.timesteps.clone()
+    assert run.begin(900.0, scheduler=scheduler).step == 0
 
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
+
+def test_passes_of_a_pipeline_are_bounded_where_no_list_of_timesteps_is_new():
+    scheduler, run = SimpleNamespace(timesteps=torch.tensor([1000.0]), step_index=None), Run()
+    turns = {run.begin(scheduler.timesteps[0], PassContext("cond"), scheduler).turn for _ in range(3 * MAX_PARTS)}
+    assert turns == set(range(MAX_PARTS))
+
+
+def loop(pipe, steps):
+    """A loop of the user's own with the scheduler of the pipeline; the number of steps is not the pipeline's."""
+    pipe.scheduler.set_timesteps(steps)
+    arguments = tiny.arguments("wan")
+    with torch.no_grad():
+        for timestep in pipe.scheduler.timesteps:
+            out = pipe.transformer(**arguments | {"timestep": timestep.expand(1)}).sample
+            pipe.scheduler.step(out, timestep, arguments["hidden_states"])
+
+
+def test_a_loop_with_the_scheduler_of_the_pipeline_knows_its_steps():
+    pipe = tiny.pipeline("wan", layers=1)
+    recorder = tiny.Recorder()
+    pipe.enable_sparse_attention(recorder, schedule=fastdit.Schedule(warmup_steps=0.25))
+    tiny.run(pipe, steps=3)
+    recorder.calls.clear()
+    for _ in range(2):
+        loop(pipe, 8)
+    assert [(call.step, call.num_steps) for call in recorder.calls] == 2 * [(step, 8) for step in range(2, 8)]
+
+
+def view(pipe):
+    """Another pipeline over the same parts, with a scheduler of its own, as servers make one for each request."""
+    other = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def interrupted(pipe, step, timestep, tensors):
+    if step == 1:
+        raise InterruptedError
+    return tensors
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("kind", tiny.PIPELINES)
+def test_every_pipeline_has_the_steps_of_its_own_run(kind, hidden):
+    """Whatever an earlier run, of this pipeline or another over the same transformer, left behind."""
+    pipe = tiny.pipeline(kind)
+    recorder = tiny.Recorder()
+    pipe.enable_sparse_attention(recorder, schedule=fastdit.Schedule(warmup_steps=0.25))
+    if hidden:
+        hide_cache_context(pipe)
+    other = view(pipe)
+    runs = ((pipe, 3, False), (other, 5, False), (pipe, 6, True), (other, 2, True), (pipe, 4, False), (other, 5, False))
+    for caller, steps, breaks in runs:
+        recorder.calls.clear()
+        if breaks:
+            with pytest.raises(InterruptedError):
+                tiny.run(caller, steps=steps, callback_on_step_end=interrupted)
+        else:
+            tiny.run(caller, steps=steps)
+        warmup = -(-steps // 4)
+        found = sorted({call.step for call in recorder.calls})
+        assert found == list(range(warmup, 2 if breaks else steps)), (caller is pipe, steps)
+        assert {call.num_steps for call in recorder.calls} <= {steps}
+
+
+def test_pipelines_that_are_gone_leave_nothing():
+    pipe = tiny.pipeline("wan", layers=1)
+    pipe.enable_sparse_attention(**tiny.DRAFT, schedule=tiny.EVERY_STEP)
+    runtime, kept = installed(pipe.transformer).runtime, []
+    for _ in range(4):
+        for options in ({}, {"callback_on_step_end": interrupted}):
+            with contextlib.suppress(InterruptedError):
+                tiny.run(view(pipe), steps=3, **options)
+        gc.collect()
+        kept.append((sum(len(layer.memories) for layer in runtime.layers), len(runtime.cache.entries)))
+    assert kept[1:] == kept[:-1]

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -230,6 +231,22 @@ def test_unreached_layer_is_an_error():
     model.blocks[1].attn1.forward = lambda hidden_states, *args, **kwargs: hidden_states
     fastdit.enable_sparse_attention(model, **tiny.DRAFT)
     with pytest.raises(RuntimeError, match=r"did not reach 1 of 2 self-attention layers.*blocks\.1\.attn1"):
+        forward(model, "wan")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("method", ["dense", "draft"])
+def test_layers_that_are_skipped_are_not_taken_for_a_fault(method, index):
+    """Skip-layer guidance leaves blocks out, of the first forward too."""
+    model = tiny.transformer("wan")
+    model.blocks[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    expected = forward(model, "wan")
+    fastdit.enable_sparse_attention(model, method, **({"density": 1.0} if method == "draft" else {}))
+    with pytest.warns(UserWarning, match=rf"left out 1 of 2 self-attention layers.*blocks\.{index}\.attn1"):
+        found = forward(model, "wan")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         forward(model, "wan")
 
 

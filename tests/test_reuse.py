@@ -117,7 +117,7 @@ def test_disabling_frees_everything(name):
 
 def held(handle):
     """Patterns that the layers hold, those of groups of heads too."""
-    states = [memory.state for layer in handle._layers() for memory in layer.memories.values()]
+    states = [memory.state for layer in handle._layers() for memory in layer.memories]
     states += [
         own for state in states for groups in state.memory.values() for own in getattr(groups, "states", {}).values()
     ]
@@ -137,7 +137,7 @@ def test_what_no_later_step_uses_is_freed(name, refresh_steps):
 
     tiny.run(pipe, steps=4, callback_on_step_end=look)
     assert between == ([0, 0, 0, 0] if refresh_steps == 1 else [4, 0, 4, 0])
-    assert all(not memory.state.memory for layer in handle._layers() for memory in layer.memories.values())
+    assert all(not memory.state.memory for layer in handle._layers() for memory in layer.memories)
 
 
 def test_groups_of_heads_are_freed_too():

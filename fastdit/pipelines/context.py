@@ -1,7 +1,9 @@
-"""Which denoising step and guidance pass a forward call belongs to, read from whoever knows it."""
+"""Which denoising step and guidance pass a forward call belongs to, read from whoever runs it."""
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -9,16 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn import Module
+
+from .targets import find_transformers
 
 MAX_PASSES = 4
-"""Guidance passes per step that an unnamed pipeline may make; one more is taken for a new video."""
+"""Passes of one name at one timestep that a loop without a pipeline may make; one more is taken for a new video."""
+
+MAX_PARTS = 64
+"""The same in one step of a pipeline, whose videos are told apart by their lists of timesteps."""
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """Hold what a pipeline says about a forward call through ``cache_context``.
+    """What a pipeline says about a forward call through ``cache_context``.
 
     Args:
         name: The guidance pass.
@@ -31,34 +38,137 @@ class PassContext:
     num_steps: int | None = None
 
 
-class RunTracker:
-    """Follow the denoising run of a pipeline, over all its transformers.
-
-    The step comes from ``cache_context`` where the pipeline gives it, else from the pipeline's scheduler, else from
-    changes of the timestep. A new video is noticed by a new list of timesteps, a step that goes back, or a timestep
-    that turns round.
+@dataclass(frozen=True)
+class Position:
+    """The place of one forward call in a denoising run.
 
     Args:
-        pipeline: The pipeline, kept by weak reference; ``None`` for a bare transformer.
+        step: Index of the denoising step, from 0.
+        num_steps: Steps of the run; ``None`` if unknown.
+        branch: The guidance pass.
+        turn: Passes of the branch before this one in the same step: pipelines may go through a batch in parts.
+        video: Number of the video within the run's caller; method memory lives for one of them.
+    """
+
+    step: int
+    num_steps: int | None
+    branch: str
+    turn: int
+    video: int
+
+
+class Run:
+    """The denoising runs of one caller, one video after the other: a pipeline, or a thread with a loop of its own.
+
+    The step comes from ``cache_context`` where the pipeline gives it, else from the scheduler of the pipeline, else
+    from changes of the timestep. A new video is noticed by a new list of timesteps, a step that goes back, or a
+    timestep that turns round.
+    """
+
+    def __init__(self) -> None:
+        self._timesteps: Any = None
+        self._timestep: Any = None
+        self._index: int | None = None
+        self._follows: bool | None = None
+        self._direction = 0
+        self._seen: Counter[str] = Counter()
+        self._step = -1
+        self._video = 0
+
+    def begin(
+        self, timestep: Any, said: PassContext | None = None, scheduler: Any = None, num_steps: int | None = None
+    ) -> Position:
+        """Return the place of the forward call that starts now.
+
+        Args:
+            timestep: The transformer's timestep argument: a number, or a tensor with one value per sample, frame or
+                token.
+            said: What the pipeline says through ``cache_context``, if anything.
+            scheduler: The scheduler that owns the timestep, with its list ``timesteps``; ``None`` if unknown.
+            num_steps: Steps that the pipeline makes, where it may leave out the first timesteps of the scheduler.
+        """
+        timesteps = None if scheduler is None else scheduler.timesteps
+        if timesteps is not self._timesteps:
+            self._timesteps = timesteps
+            self._start_video()
+        before = (self._video, self._step)
+        step = None if said is None else said.step
+        if timesteps is not None:
+            num_steps = len(timesteps) if num_steps is None else num_steps
+            if step is None:
+                step = self._scheduler_step(scheduler, timestep, max(0, len(timesteps) - num_steps))
+        if scheduler is None and self._follows is not None and self._follows != (step is None):
+            self._start_video()
+        self._follows = step is None
+        if step is None:
+            self._follow(timestep)
+        else:
+            if step < self._step:
+                self._start_video()
+            self._step = step
+        if (self._video, self._step) == before:
+            passes = self._seen.total() if said is None else self._seen[said.name]
+            if passes >= (MAX_PASSES if scheduler is None else MAX_PARTS):
+                self._video += 1
+        if (self._video, self._step) != before:
+            self._seen.clear()
+        branch = _unnamed_branch(self._seen.total()) if said is None else said.name
+        self._seen[branch] += 1
+        if said is not None and said.num_steps is not None:
+            num_steps = said.num_steps
+        return Position(self._step, num_steps, branch, self._seen[branch] - 1, self._video)
+
+    def _start_video(self) -> None:
+        self._video += 1
+        self._step = -1
+        self._direction = 0
+        self._follows = self._index = self._timestep = None
+
+    def _scheduler_step(self, scheduler: Any, timestep: Any, skipped: int) -> int | None:
+        """Return the step that the scheduler is at; ``None`` where it is not this scheduler that steps."""
+        if _is_part(timestep, scheduler.timesteps):
+            return max(0, int(timestep.storage_offset() - scheduler.timesteps.storage_offset()) - skipped)
+        if self._follows or not hasattr(scheduler, "step_index"):
+            return None
+        index = scheduler.step_index
+        # Only an index that stays is doubted, because looking at values waits for the device.
+        if self._step >= 0 and index == self._index and _value(timestep) != _value(self._timestep):
+            return None  # copies of the scheduler are stepped in its place, as for diffusion forcing
+        self._index, self._timestep = index, timestep
+        return 0 if index is None else max(0, int(index) - skipped)
+
+    def _follow(self, timestep: Any) -> None:
+        previous, value = _value(self._timestep), _value(timestep)
+        self._timestep = value
+        if self._step < 0 or value == previous:
+            self._step = max(self._step, 0)
+            return
+        direction = 1 if (value or 0) > (previous or 0) else -1
+        if self._timesteps is None and self._direction not in (0, direction):
+            self._start_video()
+            self._timestep, self._follows = value, True
+        else:
+            self._direction = direction
+        self._step += 1
+
+
+class RunTracker:
+    """Find the run that a forward call belongs to, for all transformers of a pipeline and for any number of threads.
+
+    The pipeline that runs a call is the one on the stack below it, whoever enabled sparse attention: it is never
+    guessed from what an earlier run left behind. Without one, a timestep out of the scheduler of the pipeline that
+    sparse attention was enabled on belongs to that pipeline; all other calls are a loop of the calling thread's own.
+
+    Args:
+        pipeline: The pipeline that sparse attention is enabled on, kept by weak reference; ``None`` for a bare
+            transformer.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._context: PassContext | None = None
-        self._timesteps: Any = None
-        self._follows: bool | None = None
-        self._timestep: float | None = None
-        self._direction = 0
-        self._passes = 0
-        self._place = (0, -1)
-        self._seen: Counter[str] = Counter()
-        self.step = -1
-        self.num_steps: int | None = None
-        self.branch = "cond"
-        self.turn = 0
-        """How many passes of the branch there were before in this step: pipelines may go through a batch in parts."""
-        self.run = 0
-        """Number of the video; method memory lives for one of them."""
+        self._lock = threading.Lock()
+        self._of_scheduler: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self._thread = _Thread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunTracker:
         pipeline = None if self._pipeline is None else memo.get(id(self._pipeline()))
@@ -67,119 +177,70 @@ class RunTracker:
 
     @contextmanager
     def named(self, context: PassContext) -> Iterator[None]:
-        """Hold what the pipeline says for as long as its ``cache_context`` lasts.
+        """Hold what a pipeline says for as long as its ``cache_context`` lasts, in its thread.
 
         Args:
             context: What it says.
         """
-        previous, self._context = self._context, context
+        previous, self._thread.said = self._thread.said, context
         try:
             yield
         finally:
-            self._context = previous
+            self._thread.said = previous
 
-    def begin(self, timestep: Any) -> None:
-        """Find out step, branch, turn and run of the forward call that starts now.
+    def begin(self, transformer: Module, timestep: Any) -> tuple[Run, Position]:
+        """Return the run of the forward call that starts now, and its place in it.
 
         Args:
-            timestep: The transformer's timestep argument: a number, or a tensor with one value per sample or token.
+            transformer: The model that is called.
+            timestep: Its timestep argument: a number, or a tensor with one value per sample, frame or token.
         """
-        pipeline = self._running_pipeline()
-        timesteps = None if pipeline is None else getattr(pipeline.scheduler, "timesteps", None)
-        if pipeline is not None and timesteps is not self._timesteps:
-            self._timesteps = timesteps
-            self._start_run()
-        said = self._context
-        step = None if said is None else said.step
-        if step is None and pipeline is not None:
-            step = _scheduler_step(pipeline, timesteps, timestep)
-        if self._follows is not None and self._follows != (step is None):
-            self._start_run()
-        self._follows = step is None
-        if step is None:
-            self._follow(timestep)
+        said, pipeline = self._thread.said, _pipeline_on_stack(transformer)
+        if pipeline is None:
+            mine = None if self._pipeline is None else self._pipeline()
+            scheduler, count = getattr(mine, "scheduler", None), None
+            if not _is_part(timestep, getattr(scheduler, "timesteps", None)):
+                return self._thread.run, self._thread.run.begin(timestep, said)
         else:
-            too_many = step == self.step and said is None and self._passes + 1 == MAX_PASSES
-            if step < self.step or too_many:
-                self._start_run()
-            self._passes = self._passes + 1 if step == self.step else 0
-            self.step = step
-        if said is not None and said.num_steps is not None:
-            self.num_steps = said.num_steps
-        else:
-            self.num_steps = None if pipeline is None else _num_steps(pipeline, timesteps)
-        self.branch = _unnamed_branch(self._passes) if said is None else said.name
-        if self._place != (self.run, self.step):
-            self._place = (self.run, self.step)
-            self._seen.clear()
-        self.turn = self._seen[self.branch]
-        self._seen[self.branch] += 1
-
-    def _running_pipeline(self) -> Any:
-        pipeline = None if self._pipeline is None else self._pipeline()
-        if pipeline is None or getattr(pipeline, "scheduler", None) is None:
-            return None
-        # An idle pipeline knows nothing: its transformer is being called by another one, or by hand. Before its first
-        # video a pipeline that has the property lacks what it reads.
-        idle = None if hasattr(type(pipeline), "current_timestep") else True
-        return None if getattr(pipeline, "_current_timestep", idle) is None else pipeline
-
-    def _start_run(self) -> None:
-        self.run += 1
-        self.step = -1
-        self._passes = 0
-        self._direction = 0
-
-    def _follow(self, timestep: Any) -> None:
-        value = _value(timestep)
-        previous, self._timestep = self._timestep, value
-        if self.step < 0:
-            self.step = 0
-            return
-        if value == previous:
-            self._passes += 1
-            if self._passes == MAX_PASSES and self._context is None:
-                self._start_run()
-                self.step = 0
-            return
-        direction = 1 if (value or 0) > (previous or 0) else -1
-        if self._direction not in (0, direction):
-            self._start_run()
-            self.step = 0
-            return
-        self._direction = direction
-        self._passes = 0
-        self.step += 1
+            scheduler, count = pipeline.scheduler, getattr(pipeline, "_num_timesteps", None)
+            count = count if isinstance(count, int) else None
+        with self._lock:
+            run = self._of_scheduler.setdefault(scheduler, Run())
+        return run, run.begin(timestep, said, scheduler, count)
 
 
-def _scheduler_step(pipeline: Any, timesteps: Any, timestep: Any) -> int | None:
-    # image- and video-to-video pipelines skip the first timesteps of the scheduler
-    skipped = 0
-    if isinstance(timesteps, Tensor):
-        skipped = max(0, len(timesteps) - (getattr(pipeline, "_num_timesteps", None) or len(timesteps)))
-    if hasattr(pipeline.scheduler, "step_index"):
-        index = pipeline.scheduler.step_index
-        return 0 if index is None else max(0, int(index) - skipped)
-    if isinstance(timesteps, Tensor) and isinstance(timestep, Tensor) and _same_storage(timesteps, timestep):
-        return max(0, int(timestep.storage_offset() - timesteps.storage_offset()) - skipped)
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.said: PassContext | None = None
+        self.run = Run()
+
+
+def _pipeline_on_stack(transformer: Module) -> Any:
+    """Return the innermost object that is running a method, and has this transformer and a scheduler with timesteps."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            caller = frame.f_locals.get("self")
+            scheduler = getattr(caller, "__dict__", {}).get("scheduler")  # no property of a stranger is run
+            if getattr(scheduler, "timesteps", None) is not None and transformer in find_transformers(caller).values():
+                return caller
+        frame = frame.f_back
     return None
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _num_steps(pipeline: Any, timesteps: Any) -> int | None:
-    count = getattr(pipeline, "_num_timesteps", None)
-    if isinstance(count, int):
-        return count
-    return None if timesteps is None else len(timesteps)
+def _is_part(timestep: Any, timesteps: Any) -> bool:
+    """Say whether a timestep is a view of an entry of a scheduler's list, which says its index without a look at it."""
+    if not isinstance(timestep, Tensor) or not isinstance(timesteps, Tensor) or timestep.is_meta:
+        return False
+    same = timestep.device == timesteps.device and timestep.dtype == timesteps.dtype and timesteps.ndim == 1
+    return same and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
 
 
 def _value(timestep: Any) -> float | None:
     if isinstance(timestep, Tensor):
-        # the largest: image-to-video models give the tokens of the first frame timestep 0
-        return float(timestep.detach().max()) if timestep.device != torch.device("meta") else None
+        # the mean: of several frames or tokens some may stay at one timestep while the others move
+        return None if timestep.is_meta else float(timestep.detach().double().mean())
     return None if timestep is None else float(timestep)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..tokens import TokenSpec, VideoGrid
+from ..tokens import TokenSpec
+from .strangers import watched
 
 if TYPE_CHECKING:
+    from .forward import Forward
     from .runtime import Runtime
 
 PLACES = ("rotary", "entry", "exit")
@@ -89,24 +91,25 @@ def add_crossings(transformer: Module, runtime: Runtime) -> list[Any]:
 
 
 def order_once(
-    runtime: Runtime, transformer: Module, arguments: Mapping[str, Any], grid: VideoGrid | str
+    runtime: Runtime, transformer: Module, arguments: Mapping[str, Any], forward: Forward
 ) -> TokenSpec | None:
     """Return the tokens of a forward pass if they may be ordered once for all layers, else ``None``.
 
-    They may where all layers that run sparse have one order without gaps, and nothing but the blocks works on tokens
-    meanwhile: no values per token, no cache that keeps tokens from one step to the next, no other forward.
+    They may where all layers that run sparse have one order without gaps, and nothing but the blocks sees tokens
+    meanwhile: no values per token, and nothing of anybody else's inside the transformer.
 
     Args:
         runtime: What runs the attention of the transformer.
         transformer: The model.
         arguments: The arguments of its forward, by name.
-        grid: The video tokens, or the reason why they are unknown.
+        forward: The forward pass.
     """
     boundary = runtime.family.boundary(transformer)
-    if boundary is None or isinstance(grid, str) or torch.is_grad_enabled():
+    if boundary is None or isinstance(forward.grid, str) or torch.is_grad_enabled():
         return None
-    tokens = TokenSpec(grid)
-    if runtime.shared_order(tokens) is None or runtime.all_dense() or _altered(transformer):
+    tokens = TokenSpec(forward.grid)
+    reasons = (runtime.dense_reason(layer.index, forward.position) for layer in runtime.layers)
+    if runtime.shared_order(tokens) is None or all(reason is not None for reason in reasons):
         return None
     attentions: list[Any] = [module for _, module in runtime.family.self_attentions(transformer)]
     if any(getattr(module.processor, "_parallel_config", None) is not None for module in attentions):
@@ -115,7 +118,8 @@ def order_once(
         return None
     modules = [transformer.get_submodule(getattr(boundary, place)) for place in PLACES]
     hooked = (any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules)
-    return tokens if all(hooked) else None  # adapters wrap modules, and leave the hook inside
+    # adapters wrap modules, and leave the hook inside
+    return tokens if all(hooked) and not watched(transformer, Crossing) else None
 
 
 def check_crossed(crossed: list[str], title: str) -> None:
@@ -133,18 +137,6 @@ def check_crossed(crossed: list[str], title: str) -> None:
             f"the tokens of the {title} were put into order by {', '.join(crossed)}, not once by each of "
             f"{', '.join(PLACES)}: something else changes its forward. Remove it, or call disable_sparse_attention()"
         )
-
-
-def _altered(transformer: Module) -> bool:
-    """Say whether something else may see tokens during a forward."""
-    model: Any = transformer
-    own = model.__dict__.get("_old_forward", model.__dict__.get("forward"))  # accelerate keeps the one that it wraps
-    stock = type(model).forward
-    return (
-        stock.__module__ != type(model).__module__
-        or (own is not None and getattr(own, "__func__", None) is not stock)
-        or getattr(model, "is_cache_enabled", False)
-    )
 
 
 def _nobody() -> Callable[[Module, tuple[Any, ...], Any], None]:

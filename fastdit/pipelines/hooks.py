@@ -39,11 +39,11 @@ def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> No
     Args:
         transformer: The model.
         args: Not used.
-        output: Not used.
+        output: What it returned; ``None`` if it raised.
     """
     installation = installed(transformer)
     if installation is not None:
-        installation.runtime.end()
+        installation.runtime.end(transformer, failed=output is None)
 
 
 @torch.compiler.disable(

@@ -120,7 +120,7 @@ def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Modu
         module.processor = rebound
     handles = [
         transformer.register_forward_pre_hook(before_forward, with_kwargs=True),
-        transformer.register_forward_hook(after_forward),
+        transformer.register_forward_hook(after_forward, always_call=True),
         *add_crossings(transformer, runtime),
     ]
     parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from ..attention import AttentionMethod, MethodState, PatternCache
 from ..schedule import Schedule
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
 from .base import ModelFamily
-from .context import RunTracker
+from .context import Position, Run, RunTracker
 from .crossing import check_crossed, order_once
-from .padding import PaddingReader
+from .forward import Forward, Memory, Recall
 from .stats import LayerStats
+from .strangers import replaced
 from .weights import Weights
 
 LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
@@ -47,46 +49,6 @@ class Settings:
     precision: str | None = None
 
 
-@dataclass
-class Forward:
-    """Hold what is known about a forward pass: the running one, or the latest, which checkpointing may recompute.
-
-    Args:
-        grid: The video tokens, or the reason why they are unknown.
-        calls: Attention calls that each layer makes in it.
-        reached: Attention calls so far, per layer.
-        mask_source: The argument that the model makes its attention mask from, if there is one.
-        specs: What a sequence is made up of, or why that is unknown, by its length.
-        ordered: Its tokens, if they are put into the order of the method once for all layers.
-        crossed: Where they were put into it, or back.
-    """
-
-    grid: VideoGrid | str
-    calls: int
-    reached: list[int]
-    mask_source: Any = None
-    specs: dict[int, TokenSpec | str] = field(default_factory=dict)
-    ordered: TokenSpec | None = None
-    crossed: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Memory:
-    """Hold a method's state for one layer, guidance pass, turn and sample group, and what it was made for.
-
-    Args:
-        state: What the method remembers.
-        run: Number of the video.
-        shape: Shape and device of the queries, and the make-up of the tokens.
-        step: The denoising step of the latest call, -1 before the first.
-    """
-
-    state: MethodState
-    run: int
-    shape: tuple[Any, ...]
-    step: int = -1
-
-
 class Layer:
     """Run the attention calls of one self-attention module.
 
@@ -101,16 +63,22 @@ class Layer:
         self.index = index
         self.runtime = runtime
         self.stats = LayerStats()
-        self.memories: dict[tuple[str, int, int], Memory] = {}
-        self.excuses: set[str] = set()
         self.number = torch.tensor(next(_numbers), device="cpu")
         LAYERS[int(self.number)] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         return copy.deepcopy(self.runtime, memo).layers[self.index]
 
+    @property
+    def memories(self) -> list[Memory]:
+        """List what the layer remembers, of all runs."""
+        return self.runtime.memories(self.index)
+
     def entered(self) -> None:
-        """Take note that the model has called the processor of this layer."""
+        """Take note that the processor of the layer is called."""
+        forward = self.runtime.forward
+        if forward is not None:
+            forward.entered[self.index] += 1
 
     def plan(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, obstacle: str | None
@@ -130,16 +98,16 @@ class Layer:
         if forward is not None:
             forward.reached[self.index] += 1
         if runtime.settings.method.stock:
-            stats.scheduled[f"method {runtime.settings.method.name!r}"] += 1
+            stats.count_scheduled(f"method {runtime.settings.method.name!r}")
             return None
-        reason = runtime.dense_reason(self.index)
+        reason = None if forward is None else runtime.dense_reason(self.index, forward.position)
         if reason is not None:
-            stats.scheduled[reason] += 1
+            stats.count_scheduled(reason)
             return None
         obstacle = _mixture(q, k, v) if obstacle is None else obstacle
         call = self._sparse_call(forward, q, k, mask, scale) if obstacle is None else obstacle
         if isinstance(call, str):
-            stats.fallbacks[call] += 1
+            stats.count_fallback(call)
             runtime.warn(call)
             return None
         return call
@@ -155,17 +123,18 @@ class Layer:
         tokens = runtime.spec(forward, q.shape[2])
         if isinstance(tokens, str):
             return tokens
-        tracker = runtime.tracker
-        padding, objection = runtime.padding.read(mask, tokens, q.shape[0], tracker.branch, forward.mask_source)
+        position = forward.position
+        reader = forward.recall.padding
+        padding, objection = reader.read(mask, tokens, q.shape[0], position.branch, forward.mask_source)
         if objection is not None:
             return objection
         return AttentionCall(
             tokens=tokens,
             layer=self.index,
             num_layers=len(runtime.layers),
-            step=tracker.step,
-            num_steps=tracker.num_steps,
-            branch=tracker.branch,
+            step=position.step,
+            num_steps=position.num_steps,
+            branch=position.branch,
             scale=scale,
             key_padding=padding,
         )
@@ -179,17 +148,16 @@ class Layer:
             v: ``(B, H, S, D)`` values.
             call: What ``plan`` returned.
         """
-        state = self._state(q, call)
-        method = self.runtime.settings.method
+        memory = self._memory(q, call)
+        state, method = memory.state, self.runtime.settings.method
         state.kept = None
-        self.excuses.clear()
+        memory.excuses.clear()
         # autocast would choose blocks, and add up, in the precision of the model
         with torch.autocast(q.device.type, enabled=False):
             out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
         self._forget(state, call)
-        self.stats.count_sparse(state.kept)
-        for reason in self.excuses:
-            self.stats.precision_fallbacks[reason] += 1
+        self.stats.count_sparse(state.kept, memory.excuses)
+        for reason in memory.excuses:
             self.runtime.warn(reason, f"products are not in {state.precision}")
         return out
 
@@ -214,31 +182,33 @@ class Layer:
         """
         return self.stats.dense_time.time(device, stock)
 
-    def _state(self, q: Tensor, call: AttentionCall) -> MethodState:
+    def _memory(self, q: Tensor, call: AttentionCall) -> Memory:
         runtime = self.runtime
-        forward, run = runtime.forward, runtime.tracker.run
+        forward = runtime.forward
         assert forward is not None
-        key = (call.branch, runtime.tracker.turn, (forward.reached[self.index] - 1) % forward.calls)
+        position, memories = forward.position, forward.recall.memories
+        key = (self.index, call.branch, position.turn, (forward.reached[self.index] - 1) % forward.calls)
         shape = (q.shape, q.device, call.tokens)
-        memory = self.memories.get(key)
+        memory = memories.get(key)
         if memory is None:
             settings = runtime.settings
+            excuses: set[str] = set()
             state = MethodState(
                 cache=runtime.cache,
                 kernel=settings.kernel,
                 precision=settings.precision,
-                excuse=self.excuses.add,
+                excuse=excuses.add,
                 weights=None if runtime.weights is None else runtime.weights[self.index],
                 measure=lambda part, device, run: self.stats.parts[part].time(device, run),
             )
-            memory = self.memories[key] = Memory(state, run, shape)
-        elif memory.run != run or memory.shape != shape:
+            memory = memories[key] = Memory(state, position.video, shape, excuses=excuses)
+        elif memory.video != position.video or memory.shape != shape:
             memory.state.reset()
-            memory.run, memory.shape, memory.step = run, shape, -1
+            memory.video, memory.shape, memory.step = position.video, shape, -1
         schedule = runtime.settings.schedule
         memory.state.refresh = memory.step != call.step and schedule.refreshes(call.step, call.num_steps)
         memory.step = call.step
-        return memory.state
+        return memory
 
 
 class Runtime:
@@ -247,7 +217,7 @@ class Runtime:
     Args:
         family: What its tokens are.
         settings: What the user chose.
-        tracker: Step and branch, shared by all transformers of a pipeline.
+        tracker: Finds the run of a call, for all transformers of a pipeline.
         names: Paths of its self-attention modules.
         title: What to call the transformer in reports.
         weights: What the method learns; ``None`` if it learns nothing.
@@ -268,9 +238,11 @@ class Runtime:
         self.title = title
         self.weights = weights
         self.cache = PatternCache()
-        self.padding = PaddingReader()
-        self.forward: Forward | None = None
         self.complete = False
+        self._recalls: weakref.WeakKeyDictionary[Run, Recall] = weakref.WeakKeyDictionary()
+        self._thread = threading.local()
+        self._recomputed: Forward | None = None
+        self._lock = threading.Lock()
         self.layers = [Layer(name, index, self) for index, name in enumerate(names)]
         self._warned: set[str] = set()
 
@@ -287,49 +259,72 @@ class Runtime:
             transformer: The model.
             arguments: The arguments of its forward, by name.
         """
-        self.tracker.begin(arguments.get("timestep"))
-        self.padding.end_forward()
-        family = self.family
+        run, position = self.tracker.begin(transformer, arguments.get("timestep"))
+        with self._lock:
+            recall = self._recalls.setdefault(run, Recall())
+        recall.padding.end_forward()
+        family, count = self.family, len(self.layers)
         source = None if family.mask_argument is None else arguments.get(family.mask_argument)
         grid = family.grid(transformer, arguments)
-        self.forward = Forward(grid, family.calls(arguments), [0] * len(self.layers), source)
-        self.forward.ordered = order_once(self, transformer, arguments, grid)
+        forward = Forward(position, recall, grid, family.calls(arguments), [0] * count, [0] * count, source)
+        forward.ordered = order_once(self, transformer, arguments, forward)
+        self._thread.forward = forward
+        self._recomputed = forward if torch.is_grad_enabled() else None
 
-    def end(self) -> None:
+    @property
+    def forward(self) -> Forward | None:
+        """Return the forward pass of the calling thread; a thread of autograd recomputes the latest with gradients."""
+        return getattr(self._thread, "forward", self._recomputed)
+
+    def end(self, transformer: Module, failed: bool = False) -> None:
         """Take note that the forward pass has ended; after the first, check that every layer took part.
 
+        Args:
+            transformer: The model.
+            failed: Whether it ended with an error.
+
         Raises:
-            RuntimeError: A layer made fewer attention calls than it should, or tokens were left in another order.
+            RuntimeError: An attention call was not intercepted, or tokens were left in another order.
         """
         forward = self.forward
-        self.padding.end_forward()
-        if forward is not None:
-            forward.ordered = None
-            check_crossed(forward.crossed, self.title)
-        if self.complete or forward is None:
+        if forward is None:
             return
-        missing = [self.layers[i].name for i, reached in enumerate(forward.reached) if reached < forward.calls]
-        if missing:
+        forward.recall.padding.end_forward()
+        forward.ordered = None
+        if failed:
+            return
+        check_crossed(forward.crossed, self.title)
+        if not self.complete:
+            self._check_reached(transformer, forward)
+            self.complete = True
+
+    def _check_reached(self, transformer: Module, forward: Forward) -> None:
+        missing = [layer for layer in self.layers if forward.reached[layer.index] < forward.calls]
+        names = ", ".join(layer.name for layer in missing[:4]) + (", ..." if len(missing) > 4 else "")
+        what = f"{len(missing)} of {len(self.layers)} self-attention layers of the {self.title}: {names}"
+        if len(missing) == len(self.layers) or any(
+            forward.entered[layer.index] or replaced(transformer.get_submodule(layer.name)) for layer in missing
+        ):
             raise RuntimeError(
-                f"sparse attention did not reach {len(missing)} of {len(self.layers)} self-attention layers of the "
-                f"{self.title}: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Something else replaces "
+                f"sparse attention did not reach {what}. Something else replaces "
                 "their attention call: another add-on, context parallelism under torch.compile, or a diffusers version "
                 "whose processors work differently. Remove it, or call disable_sparse_attention()"
             )
-        self.complete = True
+        if missing:
+            warnings.warn(
+                f"the first forward pass left out {what}. Where layers are skipped on purpose, as by skip-layer "
+                "guidance, this is right; where something else computes their attention, it is not sparse",
+                stacklevel=3,
+            )
 
-    def dense_reason(self, layer: int) -> str | None:
-        """Say why the schedule keeps a layer dense in this step; ``None`` where it does not.
+    def dense_reason(self, layer: int, position: Position) -> str | None:
+        """Say why the schedule keeps a layer dense in a step; ``None`` where it does not.
 
         Args:
             layer: Index of the layer, from 0.
+            position: The place in the run.
         """
-        tracker = self.tracker
-        return self.settings.schedule.dense_reason(layer, len(self.layers), max(tracker.step, 0), tracker.num_steps)
-
-    def all_dense(self) -> bool:
-        """Say whether the schedule keeps all layers dense in this step."""
-        return all(self.dense_reason(layer.index) is not None for layer in self.layers)
+        return self.settings.schedule.dense_reason(layer, len(self.layers), max(position.step, 0), position.num_steps)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
         """Return the order that tokens may be in throughout a forward pass: ``(n,)`` int64 on the CPU, or ``None``.
@@ -379,12 +374,22 @@ class Runtime:
         for layer in self.layers:
             layer.stats = LayerStats()
 
+    def memories(self, layer: int) -> list[Memory]:
+        """List what a layer remembers, of all runs.
+
+        Args:
+            layer: Index of the layer, from 0.
+        """
+        with self._lock:
+            recalls = list(self._recalls.values())
+        return [memory for recall in recalls for key, memory in list(recall.memories.items()) if key[0] == layer]
+
     def release(self) -> None:
         """Drop patterns and memory, and keep the counts."""
         self.cache.clear()
-        self.padding.clear()
-        for layer in self.layers:
-            layer.memories.clear()
+        with self._lock:
+            for recall in self._recalls.values():
+                recall.clear()
 
 
 def _mixture(q: Tensor, k: Tensor, v: Tensor) -> str | None:

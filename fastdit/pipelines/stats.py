@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ class Stopwatch:
     """Add up the time of calls; on CUDA by events, which wait for the device only when the sum is asked for."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._seconds = 0.0
         self._pending: list[tuple[Any, Any]] = []
 
@@ -35,7 +37,8 @@ class Stopwatch:
         if device.type != "cuda":
             start = time.perf_counter()
             result = run()
-            self._seconds += time.perf_counter() - start
+            with self._lock:
+                self._seconds += time.perf_counter() - start
             return result
         with torch.cuda.device(device):  # of several devices the current one need not be that of the call
             capturing = torch.cuda.is_current_stream_capturing()
@@ -45,18 +48,20 @@ class Stopwatch:
         begin.record(torch.cuda.current_stream(device))
         result = run()
         end.record(torch.cuda.current_stream(device))
-        self._pending.append((begin, end))
-        if len(self._pending) > MAX_PENDING:
-            self._collect([pair for pair in self._pending if pair[1].query()])
+        with self._lock:
+            self._pending.append((begin, end))
+            if len(self._pending) > MAX_PENDING:
+                self._collect([pair for pair in self._pending if pair[1].query()])
         return result
 
     @property
     def seconds(self) -> float:
         """Return the sum in seconds, waiting for calls that still run."""
-        for _, end in self._pending:
-            end.synchronize()
-        self._collect(list(self._pending))
-        return self._seconds
+        with self._lock:
+            for _, end in self._pending:
+                end.synchronize()
+            self._collect(list(self._pending))
+            return self._seconds
 
     def _collect(self, finished: list[tuple[Any, Any]]) -> None:
         self._seconds += sum(begin.elapsed_time(end) for begin, end in finished) / 1e3
@@ -65,9 +70,10 @@ class Stopwatch:
 
 
 class LayerStats:
-    """Count the calls of one layer."""
+    """The counts of one layer, whichever threads call it."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.sparse_calls = 0
         self.scheduled: Counter[str] = Counter()
         """Calls that are dense because method or schedule say so, by reason."""
@@ -102,14 +108,35 @@ class LayerStats:
         """Count the sparse calls that measured their density."""
         return self._measured
 
-    def count_sparse(self, kept: Tensor | None) -> None:
+    def count_scheduled(self, reason: str) -> None:
+        """Count a call that is dense because method or schedule say so.
+
+        Args:
+            reason: Why.
+        """
+        with self._lock:
+            self.scheduled[reason] += 1
+
+    def count_fallback(self, reason: str) -> None:
+        """Count a call that should have been sparse and could not.
+
+        Args:
+            reason: Why.
+        """
+        with self._lock:
+            self.fallbacks[reason] += 1
+
+    def count_sparse(self, kept: Tensor | None, excuses: Iterable[str] = ()) -> None:
         """Count a sparse call.
 
         Args:
             kept: Its density, 0-d tensor, or ``None`` if not measured.
+            excuses: Why it did not run in low precision.
         """
-        self.sparse_calls += 1
-        if kept is not None:
-            kept = kept.detach().double()
-            self._kept = kept if self._kept is None else self._kept + kept.to(self._kept.device)
-            self._measured += 1
+        with self._lock:
+            self.sparse_calls += 1
+            self.precision_fallbacks.update(excuses)
+            if kept is not None:
+                kept = kept.detach().double()
+                self._kept = kept if self._kept is None else self._kept + kept.to(self._kept.device)
+                self._measured += 1

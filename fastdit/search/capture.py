@@ -248,18 +248,20 @@ class _Watch:
         self.began = time.perf_counter()
 
     def after_forward(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tracker, scores = self.runtime.tracker, self.probe.scores
+        scores, forward = self.probe.scores, self.runtime.forward
+        assert forward is not None
+        position = forward.position
         layers = self.runtime.layers
         if sum(layer.stats.sparse_calls for layer in layers) == self.sparse_calls:
             # waits for the device, so that both times are of the same work
             self.attention_seconds += sum(layer.stats.dense_time.seconds for layer in layers) - self.attention
             self.seconds += time.perf_counter() - self.began
-        scores.note_step(self.probe.title, tracker.step, tracker.num_steps)
+        scores.note_step(self.probe.title, position.step, position.num_steps)
         self.probe.advance(len(self.runtime.layers))
-        if not self.changes or tracker.step in self.measured:
+        if not self.changes or position.step in self.measured:
             return
-        self.measured.add(tracker.step)
-        mine = (self.probe.title, tracker.step, tracker.branch)
+        self.measured.add(position.step)
+        mine = (self.probe.title, position.step, position.branch)
         # a layer may make several calls in one pass, one for each sample: the first stands for all
         calls = {c.layer: c for c in reversed(scores.calls) if (c.title, c.step, c.branch) == mine}
         for layer, call in sorted(calls.items()):
