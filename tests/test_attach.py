@@ -67,8 +67,6 @@ def test_any_loader(run, zipped):
 def test_reloaded(run):
     code = "import fastdit, diffusers, importlib\nimportlib.reload(diffusers.pipelines.pipeline_utils)"
     failure = run(f"{code}\n{ATTACHED}")
-        f"import fastdit, diffusers, importlib\nimportlib.reload(diffusers.pipelines.pipeline_utils)\n{ATTACHED}"
-    )
     assert not failure
 
 
