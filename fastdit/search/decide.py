@@ -53,11 +53,11 @@ class Target:
             )
         if self.speedup is not None and not 0 < self.speedup < math.inf:
             raise ValueError(
-                f"target_speedup must be a number above 0, got {self.speedup!r}; write 2 for twice as fast"
+                f"target_speedup must be above 0 and finite, got {self.speedup!r}; write 2 for twice as fast"
             )
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise ValueError(
-                f"max_error must be a number of at least 0, got {self.max_error!r}; write 0.1 for 10 % of the output"
+                f"max_error must be at least 0 and finite, got {self.max_error!r}; write 0.1 for 10 % of the output"
             )
         if self.end_to_end and self.speedup is None:
             raise ValueError("end_to_end says what target_speedup counts: give both")
