@@ -277,7 +277,7 @@ def listed_entries(counts: Tensor, width: int) -> Tensor:
 
 def _lengths(
     side: str,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     block: int,
     tokens: int | None,
     lengths: Tensor | None,
