@@ -183,7 +183,7 @@ def enable_sparse_attention(
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
         modules = family.self_attentions(transformer)
         _check_layers(schedule, len(modules))
-        check_modules(modules)
+        check_modules(transformer, family, modules)
         weights = make_weights(methods[title], transformer, len(modules))
         settings = Settings(methods[title], schedule, kernel, precision)
         runtime = Runtime(family, settings, tracker, [name for name, _ in modules], title, weights)

@@ -80,6 +80,7 @@ def offload(model, now):
 
 ADDONS = {
     "attention scores skipped": skip_scores,
+    "layers skipped": skip_layers(),
     "feed-forward skipped": skip_layers(skip_attention=False),
     "smoothed energy guidance": smooth_energy,
     "pyramid attention broadcast": cache(broadcast),

@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 import fastdit
 from fastdit.attention import Pattern
 from fastdit.layout import TokenLayout
-from fastdit.pipelines import crossing, runtime
+from fastdit.pipelines import crossing, hooks
 from fastdit.pipelines.crossing import PLACES, Crossing
 from fastdit.pipelines.intercept import installed
 from fastdit.schedule import Schedule
@@ -43,7 +43,7 @@ def crossed(model):
 @pytest.fixture
 def in_every_layer(monkeypatch):
     """A function that makes forward passes keep the model's order from then on."""
-    return lambda: monkeypatch.setattr(runtime, "order_once", lambda *arguments: None)
+    return lambda: monkeypatch.setattr(hooks, "order_once", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,6 +7,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn import Module
 
 import fastdit
+from fastdit.pipelines.base import Boundary, find_family
 
 
 class Foreign:
@@ -56,6 +57,7 @@ FAILURES = {
     "file": ({"method": "absent.json"}, Exception),
     "weights": ({"method": "sla", "weights": "absent.safetensors"}, FileNotFoundError),
     "processor": ({"method": "radial"}, RuntimeError),
+    "boundary": ({"method": "radial"}, RuntimeError),
 }
 
 
@@ -80,6 +82,10 @@ def test_a_failure_changes_nothing(name, before, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(error):
         if name == "processor":  # in the second transformer, after all is well with the first
             patch.setattr(pipe.transformer_2.blocks[1].attn1, "processor", Foreign())
+        if name == "boundary":
+            patch.setattr(
+                find_family(pipe.transformer), "boundary", lambda model: Boundary("patch", "rope", "proj_out")
+            )
         pipe.enable_sparse_attention(**options)
     assert pipe.sparse_attention is handle and handle.report()["totals"]["calls"] == calls
     assert [block.attn1.processor for model in models for block in model.blocks] == processors

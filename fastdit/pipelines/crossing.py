@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from ..tokens import TokenSpec
+from .base import ModelFamily
+from .runtime import Runtime
 from .strangers import watched
-
-if TYPE_CHECKING:
-    from .forward import Forward
-    from .runtime import Runtime
 
 PLACES = ("rotary", "entry", "exit")
 
@@ -76,6 +74,27 @@ class Crossing:
         return rows.index_select(axis, index).view(x.shape)
 
 
+def crossing_modules(family: ModelFamily, transformer: Module) -> dict[str, Module]:
+    """Return the modules through which tokens enter and leave a transformer, by place; empty where there are none.
+
+    Args:
+        family: Its family.
+        transformer: The model.
+
+    Raises:
+        RuntimeError: The family names a module that is not there.
+    """
+    boundary = family.boundary(transformer)
+    if boundary is None:
+        return {}
+    try:
+        return {place: transformer.get_submodule(getattr(boundary, place)) for place in PLACES}
+    except AttributeError as error:
+        raise RuntimeError(
+            f"family {family.name!r} names a boundary that {type(transformer).__name__} does not have: {error}"
+        ) from error
+
+
 def add_crossings(transformer: Module, runtime: Runtime) -> list[Any]:
     """Hook the modules through which tokens enter and leave a transformer; return the handles.
 
@@ -83,17 +102,12 @@ def add_crossings(transformer: Module, runtime: Runtime) -> list[Any]:
         transformer: The model.
         runtime: What runs its attention.
     """
-    boundary = runtime.family.boundary(transformer)
-    if boundary is None:
-        return []
-    modules = {place: transformer.get_submodule(getattr(boundary, place)) for place in PLACES}
+    modules = crossing_modules(runtime.family, transformer)
     return [module.register_forward_hook(Crossing(runtime, place)) for place, module in modules.items()]
 
 
-def order_once(
-    runtime: Runtime, transformer: Module, arguments: Mapping[str, Any], forward: Forward
-) -> TokenSpec | None:
-    """Return the tokens of a forward pass if they may be ordered once for all layers, else ``None``.
+def order_once(runtime: Runtime, transformer: Module, arguments: Mapping[str, Any]) -> None:
+    """Let the tokens of the forward pass that begins be ordered once for all layers, if they may.
 
     They may where all layers that run sparse have one order without gaps, and nothing but the blocks sees tokens
     meanwhile: no values per token, and nothing of anybody else's inside the transformer.
@@ -102,39 +116,38 @@ def order_once(
         runtime: What runs the attention of the transformer.
         transformer: The model.
         arguments: The arguments of its forward, by name.
-        forward: The forward pass.
     """
-    boundary = runtime.family.boundary(transformer)
-    if boundary is None or isinstance(forward.grid, str) or torch.is_grad_enabled():
-        return None
+    forward, boundary = runtime.forward, runtime.family.boundary(transformer)
+    if forward is None or boundary is None or isinstance(forward.grid, str) or torch.is_grad_enabled():
+        return
     tokens = TokenSpec(forward.grid)
     reasons = (runtime.dense_reason(layer.index, forward.position) for layer in runtime.layers)
     if runtime.shared_order(tokens) is None or all(reason is not None for reason in reasons):
-        return None
+        return
     attentions: list[Any] = [module for _, module in runtime.family.self_attentions(transformer)]
     if any(getattr(module.processor, "_parallel_config", None) is not None for module in attentions):
-        return None  # their calls are the model's own
+        return  # their calls are the model's own
     if any(getattr(arguments.get(name), "ndim", 0) > 1 for name in boundary.per_sample):
-        return None
-    modules = [transformer.get_submodule(getattr(boundary, place)) for place in PLACES]
+        return
+    modules = crossing_modules(runtime.family, transformer).values()
     hooked = (any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules)
-    # adapters wrap modules, and leave the hook inside
-    return tokens if all(hooked) and not watched(transformer, Crossing) else None
+    if all(hooked) and not watched(transformer, Crossing):  # adapters wrap modules, and leave the hook inside
+        forward.ordered = tokens
 
 
-def check_crossed(crossed: list[str], title: str) -> None:
-    """Check that tokens that were put into order came back.
+def check_crossed(runtime: Runtime) -> None:
+    """Check that tokens that were put into order came back in the forward pass that ends.
 
     Args:
-        crossed: The places that they went through in a forward pass.
-        title: What to call the transformer.
+        runtime: What runs the attention of the transformer.
 
     Raises:
         RuntimeError: Some places were left out, or taken twice.
     """
+    crossed = [] if runtime.forward is None else runtime.forward.crossed
     if crossed and sorted(crossed) != sorted(PLACES):
         raise RuntimeError(
-            f"the tokens of the {title} were put into order by {', '.join(crossed)}, not once by each of "
+            f"the tokens of the {runtime.title} were put into order by {', '.join(crossed)}, not once by each of "
             f"{', '.join(PLACES)}: something else changes its forward. Remove it, or call disable_sparse_attention()"
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .context import PassContext
+from .crossing import check_crossed, order_once
 from .intercept import installed
 from .rebind import attend_numbered
 
@@ -30,6 +31,7 @@ def before_forward(transformer: Module, args: tuple[Any, ...], kwargs: dict[str,
     installation.check()
     arguments = dict(zip(installation.parameters, args, strict=False)) | kwargs
     installation.runtime.begin(transformer, arguments)
+    order_once(installation.runtime, transformer, arguments)
 
 
 @torch.compiler.disable
@@ -44,6 +46,8 @@ def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> No
     installation = installed(transformer)
     if installation is not None:
         installation.runtime.end(transformer, failed=output is None)
+        if output is not None:
+            check_crossed(installation.runtime)
 
 
 @torch.compiler.disable(

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.nn import Module
 
-from .crossing import add_crossings
+from .base import ModelFamily
+from .crossing import add_crossings, crossing_modules
 from .rebind import (
     Rebound,
     check_interceptable,
@@ -83,15 +84,18 @@ def installed(transformer: Module) -> Installation | None:
     return transformer.__dict__.get(ATTRIBUTE)
 
 
-def check_modules(modules: list[tuple[str, Module]]) -> None:
-    """Check that the attention of modules can be intercepted; nothing is changed.
+def check_modules(transformer: Module, family: ModelFamily, modules: list[tuple[str, Module]]) -> None:
+    """Check that a transformer can be intercepted; nothing is changed.
 
     Args:
-        modules: Self-attention modules by path.
+        transformer: The model.
+        family: Its family.
+        modules: Its self-attention modules by path.
 
     Raises:
         RuntimeError: It cannot.
     """
+    crossing_modules(family, transformer)
     for name, module in modules:
         processor = getattr(module, "processor", None)
         if processor is None:

@@ -20,7 +20,6 @@ from ..schedule import Schedule
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
 from .base import ModelFamily
 from .context import Position, Run, RunTracker
-from .crossing import check_crossed, order_once
 from .forward import Forward, Memory, Recall
 from .stats import LayerStats
 from .strangers import replaced
@@ -267,7 +266,6 @@ class Runtime:
         source = None if family.mask_argument is None else arguments.get(family.mask_argument)
         grid = family.grid(transformer, arguments)
         forward = Forward(position, recall, grid, family.calls(arguments), [0] * count, [0] * count, source)
-        forward.ordered = order_once(self, transformer, arguments, forward)
         self._thread.forward = forward
         self._recomputed = forward if torch.is_grad_enabled() else None
 
@@ -284,7 +282,7 @@ class Runtime:
             failed: Whether it ended with an error.
 
         Raises:
-            RuntimeError: An attention call was not intercepted, or tokens were left in another order.
+            RuntimeError: An attention call was not intercepted.
         """
         forward = self.forward
         if forward is None:
@@ -293,7 +291,6 @@ class Runtime:
         forward.ordered = None
         if failed:
             return
-        check_crossed(forward.crossed, self.title)
         if not self.complete:
             self._check_reached(transformer, forward)
             self.complete = True
