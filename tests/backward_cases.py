@@ -14,6 +14,9 @@ def check_gradients(
 ) -> None:
     """Compare gradients with fp64: at most twice the error of eager attention in the same dtype, plus rounding.
 
+    The backward makes its probabilities from the log-sum-exp, in fp32 or better: rounding it changes all of a row by as
+    many units of fp32 as it is large. Eager attention keeps its probabilities instead.
+
     Raises:
         AssertionError: The kernel is off.
     """
@@ -35,10 +38,13 @@ def check_gradients(
     actual = _gradients(triton, grad, q, k, v)
     wanted = _gradients(exact, grad.double(), q.double(), k.double(), v.double())
     rounded = _gradients(eager, grad, q, k, v)
+    lse = block_sparse_attention(q, k, v, mask, scale=scale, kernel="reference", compensate=compensate)[1]
+    largest = lse.masked_fill(lse.isinf(), 0).abs().max()
     for name, x, y, z in zip(("dq", "dk", "dv"), actual, wanted, rounded, strict=True):
         assert x.dtype == dtype and x.shape == y.shape
         error, budget = (x - y).abs().max(), 2 * (z - y).abs().nan_to_num(0).max()
-        budget += 8 * torch.finfo(dtype).eps * y.abs().max().clamp(min=1)
+        units = 8 * torch.finfo(dtype).eps + largest * torch.finfo(torch.float32).eps
+        budget += units * y.abs().max().clamp(min=1)
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
     for x in actual[1:]:
         assert (x.masked_select(~real.expand_as(x)) == 0).all()

@@ -150,7 +150,7 @@ def test_what_is_learned_from_is_not_compared(monkeypatch):
         "quality_jobs",
         lambda studio, prompts, seeds, *_, **__: seen.append((list(prompts), list(seeds), studio.args[2])) or [],
     )
-    session: Any = SimpleNamespace(seed=5, device="cpu")
+    session: Any = SimpleNamespace(seed=5, device="cpu", rows=list)
     model = Model.find(str(folder()))
     for prompts, count in ((["a", "b", "c"], 2), (["a", "b"], None)):
         fastdit.cli.bench_build.build_quality(session, model, prompts, count, 2, [], (), None)

@@ -199,13 +199,12 @@ def test_scores_are_those_of_the_candidate_by_itself():
             return F.scaled_dot_product_attention(q, k, v)
 
     with torch.no_grad(), fastdit.sparse_attention(model, Keep()):
-        model(**tiny.arguments("wan"))
+        model(**tiny.arguments("wan") | {"timestep": torch.full((1,), 1000.0)})
     pipe = tiny.pipeline("wan")
     model.requires_grad_(False)
     with capturing(pipe, CANDIDATES, FIRST) as scores, torch.no_grad():
         pipe.scheduler.set_timesteps(2)
-        pipe._current_timestep = pipe.scheduler.timesteps[0]  # as if the pipeline called
-        pipe.transformer(**tiny.arguments("wan"))
+        pipe.transformer(**tiny.arguments("wan") | {"timestep": pipe.scheduler.timesteps[:1]})
     q, k, v, call = kept[1]
     linear = model.blocks[1].attn1.to_out[0]
     whole = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) @ linear.weight.T

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -164,17 +163,30 @@ def problem_preset(problem: Problem) -> Preset:
     return demo_preset() if model is None else preset_of(model.make("meta", {"num_layers": 1}))
 
 
+@dataclass(eq=False)
+class RandomScheduler:
+    """Stand in for a scheduler.
+
+    Args:
+        timesteps: ``(steps,)``, falling.
+        step_index: The step at which it is.
+    """
+
+    timesteps: Tensor
+    step_index: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class RandomPipeline:
     """Stand in for a pipeline, which says at which step it is: schedules are in fractions of all steps.
 
     Args:
         transformer: The model.
-        scheduler: Its ``timesteps``, falling, and the ``step_index`` at which it is.
+        scheduler: What its steps are.
     """
 
     transformer: Module
-    scheduler: SimpleNamespace
+    scheduler: RandomScheduler
 
     def at_step(self, step: int) -> Tensor:
         """Go to a step and return its timestep, ``(1,)``.
@@ -184,6 +196,16 @@ class RandomPipeline:
         """
         self.scheduler.step_index = step
         return self.scheduler.timesteps[step : step + 1]
+
+    def denoise(self, step: int, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+        """Call the transformer as a pipeline does in a step.
+
+        Args:
+            step: Index of the step.
+            arguments: The arguments of its forward, by name.
+            dtype: Dtype of the timestep.
+        """
+        self.transformer(**arguments, timestep=self.at_step(step).to(dtype))
 
 
 def random_subject(
@@ -214,13 +236,13 @@ def random_subject(
         arguments = _arguments(model, transformer, problem, dtype, device)
 
     timesteps = torch.linspace(1000, 0, problem.steps + 1)[:-1].to(device)
-    pipeline = RandomPipeline(transformer, SimpleNamespace(timesteps=timesteps, step_index=0))
+    pipeline = RandomPipeline(transformer, RandomScheduler(timesteps))
 
     @torch.no_grad()
     def run_step(step: int) -> float:
         begin = time.perf_counter()
         for _ in range(problem.passes):
-            transformer(**arguments, timestep=pipeline.at_step(step).to(dtype))
+            pipeline.denoise(step, arguments, dtype)
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin

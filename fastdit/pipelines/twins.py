@@ -26,6 +26,7 @@ class Twin:
         self.source = source
         self.replaced = replaced
         self.module = types.ModuleType(_PREFIX + source.__name__)
+        self._taken: set[str] = set()
         sys.modules[self.module.__name__] = self.module
 
     def refresh(self) -> None:
@@ -33,10 +34,11 @@ class Twin:
         names, own = vars(self.source).copy(), vars(self.module)
         names.update((name, value) for name, value in self.replaced.items() if name in names)
         names.update((name, own[name]) for name in _OWN)
-        if own.keys() != names.keys() or not all(map(operator.is_, map(own.get, names), names.values())):
+        if self._taken != names.keys() or not all(map(operator.is_, map(own.get, names), names.values())):
             own.update(names)
-            for name in own.keys() - names.keys():
+            for name in self._taken - names.keys():  # no others: Dynamo keeps what it compiles beside them
                 own.pop(name, None)
+            self._taken = set(names)
 
 
 def find_twin(source: types.ModuleType, replaced: Callable[[], dict[str, Any]]) -> Twin:

@@ -40,7 +40,6 @@ def usable_threads() -> int:
     return 1 if is_in_torch_dispatch_mode() else torch.get_num_threads()
 
 
-@torch.compiler.disable(recursive=True)
 def run_jobs(jobs: Iterable[Job[Any]], threads: int) -> None:
     """Run all jobs; threads with nothing left of their own help with the jobs of others.
 
