@@ -91,7 +91,7 @@ arrows: $(VENV)/.ready-dev
 .PHONY: clean
 clean:  ## Remove caches and build products
 	rm -rf build dist .pytest_cache .ruff_cache
-	find fastdit tests benches -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastdit tests benches tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean
 distclean: clean  ## Remove the environment and the videos too

@@ -21,8 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastdit.attention.kernels import block_sparse_attention
 from fastdit.bench.kernels import random_blocks, random_tensors
-from fastdit.bench.measure import interleaved
-from fastdit.bench.rows import environment
+from fastdit.bench.measuring.measure import interleaved
+from fastdit.bench.report.result_store import environment
 from fastdit.mask import BlockMask
 
 from .problems import problem_of

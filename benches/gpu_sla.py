@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.linear import join_linear_attention, linear_attention
-from fastdit.bench.contenders import failure
+from fastdit.attention.methods.sla.linear import join_linear_attention, linear_attention
 from fastdit.bench.jobs import Job, Outcome
 from fastdit.bench.kernels import random_tensors
-from fastdit.bench.verify import poisoned_empty
+from fastdit.bench.measuring.contenders import failure
+from fastdit.bench.measuring.verify import poisoned_empty
 from fastdit.tokens import AttentionCall
 
 from .gpu_times import times_of
@@ -116,7 +116,7 @@ def sla_job(problem: Problem, density: float, device: str, repeats: int) -> Job:
             method = get_method("sla", variant=variant, density=density)
             weights = method.make_weights(problem.heads, problem.head_dim).to(device)
             for name, state in (("exact", MethodState()), ("whole", MethodState(weights=weights))):
-                state.resolve(method, q, k, call)
+                method.resolve(q, k, call, state)
                 state.refresh = False
                 forward = partial(method.forward, q, k, v, call, state)
                 runs[f"{variant} {name}"] = torch.no_grad()(forward)

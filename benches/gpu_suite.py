@@ -20,14 +20,15 @@ import typer
 from torch import Tensor
 
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.kernels import block_sparse_attention, fa4, list_precisions, triton_attention
+from fastdit.attention.kernels import block_sparse_attention, fa4, list_precisions
 from fastdit.attention.kernels.options import VARIANTS, Options
-from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, Config, table_arch
-from fastdit.bench.contenders import Contender, Run, Unavailable, contenders, failure, prepare
+from fastdit.attention.kernels.triton import kernel as triton_attention
+from fastdit.attention.kernels.triton.tiles import CANDIDATES, TABLE, Config, table_arch
 from fastdit.bench.jobs import Job, Outcome, run_job
 from fastdit.bench.kernels import kernel_jobs, random_blocks, random_tensors
-from fastdit.bench.rows import Store, environment
-from fastdit.bench.verify import fault, poisoned_empty
+from fastdit.bench.measuring.contenders import Contender, Run, Unavailable, contenders, failure, prepare
+from fastdit.bench.measuring.verify import fault, poisoned_empty
+from fastdit.bench.report.result_store import Store, environment
 from fastdit.mask import BlockMask
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
@@ -150,7 +151,7 @@ def of_settings(head_dim: int, device: str) -> list[Contender]:
 
 
 def _with_setting(config: Config, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    from fastdit.attention.kernels.triton_fwd import block_sparse_fwd
+    from fastdit.attention.kernels.triton.forward import block_sparse_fwd
 
     reason = _refusal(q, k, v, mask, variant=config.variant)
     if reason is not None:
@@ -166,7 +167,7 @@ def of_orders() -> list[Contender]:
 
 
 def _in_order(precision: str, way: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    from fastdit.attention.kernels.triton_layout import triton_lay_out
+    from fastdit.attention.kernels.triton.layout import triton_lay_out
 
     if (reason := _refusal(q, k, v, mask, precision=precision)) is not None:
         raise Unavailable(reason)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdit.bench.contenders import failure
 from fastdit.bench.jobs import Outcome
-from fastdit.bench.measure import extra_memory, interleaved
+from fastdit.bench.measuring.contenders import failure
+from fastdit.bench.measuring.measure import extra_memory, interleaved
 
 
 def times_of(runs: dict[str, Callable[[], Any]], device: str, repeats: int, advance: Callable[[], None]) -> Outcome:

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import track
 
 import fastdit
-from fastdit.bench.rows import environment
+from fastdit.bench.report.result_store import environment
 from fastdit.demo import DEFAULTS, load_pipeline
+from fastdit.plans.plan import Plan, TransformerPlan
 from fastdit.schedule import step_bucket
 from fastdit.search.cost import CostModel, measure_cost
-from fastdit.search.plan import Plan, TransformerPlan
 from fastdit.search.scores import Shape
 
 PROMPT = "a green square moving up on a blue background"

@@ -1,6 +1,6 @@
 """Attention problems: those of real models, which ``fastdit bench`` finds too, and round numbers of tokens."""
 
-from fastdit.bench.problems import PROBLEMS, Problem, find_problems
+from fastdit.bench.inputs.problems import PROBLEMS, Problem, find_problems
 from fastdit.tokens import TokenSpec, VideoGrid
 
 __all__ = ["PROBLEMS", "Problem", "find_problems", "problem_of"]

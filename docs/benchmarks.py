@@ -10,8 +10,8 @@ from pathlib import Path
 
 from compare import fill
 
-from fastdit.bench.page import markdown
-from fastdit.bench.rows import read_rows
+from fastdit.bench.report.page import markdown
+from fastdit.bench.report.result_store import read_rows
 
 PAGE = Path(__file__).parent / "benchmarks.md"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 
-from fastdit.bench.clips import strip
+from fastdit.bench.measuring.clips import strip
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
         sparse_attention,
     )
     from .attention import AttentionMethod, MethodState, Pattern, get_method, list_methods, register
-    from .attention.kernels import block_sparse_attention, list_kernels
+    from .attention.kernels.dispatch import block_sparse_attention, list_kernels
     from .functional import pattern, sparse_attention_call
     from .layout import TokenLayout
     from .mask import BlockMask
     from .pipelines import ModelFamily, list_families, register_family
+    from .plans.plan import Plan
     from .schedule import Schedule
-    from .search.plan import Plan
     from .tokens import AttentionCall, TokenSpec, VideoGrid
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ _HOMES = {
     "mask": ("BlockMask",),
     "pipelines": ("ModelFamily", "list_families", "register_family"),
     "schedule": ("Schedule",),
-    "search.plan": ("Plan",),
+    "plans.plan": ("Plan",),
     "tokens": ("AttentionCall", "TokenSpec", "VideoGrid"),
 }
 _MODULES = ("api", "attention", "functional", "layout", "mask", "metrics", "pipelines", "report", "schedule", "tokens")

@@ -12,19 +12,19 @@ from typing import Any
 
 from torch.nn import Module
 
-from .attention import AttentionMethod, get_method
-from .attention.kernels import explain_kernels, list_precisions
-from .pipelines.base import ModelFamily, find_family
-from .pipelines.context import RunTracker
-from .pipelines.intercept import check_modules, install, installed, uninstall
-from .pipelines.presets import find_preset
+from .attention import AttentionMethod
+from .attention.kernels.dispatch import explain_kernels, list_precisions
+from .defaults import _choose
+from .pipelines.families.family import find_family
+from .pipelines.interception.install import check_modules, install, uninstall
+from .pipelines.interception.installation import installed
+from .pipelines.run_tracker import RunTracker
 from .pipelines.runtime import Layer, Runtime, Settings
 from .pipelines.targets import find_transformers, require_transformers
 from .pipelines.weights import load_weights, make_weights, save_weights
+from .plans.plan import Plan
 from .report import summary
 from .schedule import Schedule
-from .search.plan import Plan, config_hash
-from .search.shipped import find_shipped_plan
 
 
 class SparseAttention:
@@ -157,7 +157,7 @@ def enable_sparse_attention(
         precision: One of ``list_precisions()``; default: the plan's or that of the model. Calls that it cannot speed up
             run in that of the model, with a warning and in ``summary()``.
         **fields: Fields of the method, such as ``density``, of the preset's without a name; the others are those
-            published for the model (``fastdit.pipelines.presets``), or the method's defaults.
+            published for the model (``fastdit.defaults``), or the method's defaults.
 
     Raises:
         ValueError: Model, method, kernel or precision is unknown, or a value is out of range or does not fit the
@@ -264,57 +264,6 @@ def find_sparse_attention(target: Any) -> SparseAttention | None:
         for _, installation in enabled:
             installation.owner = owner
     return owner
-
-
-def _choose(
-    method: str | Path | AttentionMethod | Plan | None,
-    fields: Mapping[str, Any],
-    transformers: Mapping[str, Module],
-    families: Sequence[ModelFamily],
-    bare: bool,
-) -> tuple[dict[str, AttentionMethod], Schedule, str | None]:
-    if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".json")):
-        method = Plan.load(method)
-    if isinstance(method, (AttentionMethod, Plan)) and fields:
-        what = "a plan, whose methods have their own"
-        if isinstance(method, AttentionMethod):
-            what = f"a method object; give the name {method.name!r}, or set them with dataclasses.replace"
-        raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with {what}")
-    if method is None and not fields and not bare:
-        shipped = find_shipped_plan(_config_hash(next(iter(transformers.values()))))
-        if shipped is not None and _misfit(shipped, transformers, families) is None:
-            method = shipped
-    if isinstance(method, Plan):
-        reason = _misfit(method, transformers, families)
-        if reason is not None:
-            raise ValueError(f"the plan does not fit: {reason}")
-        return {title: method.method(title) for title in transformers}, method.schedule, method.precision
-    name = method.name if isinstance(method, AttentionMethod) else method
-    preset = find_preset(families[0], next(iter(transformers.values())), name, len(transformers))
-    if method is None or isinstance(method, str):
-        method = get_method(preset.method, **{**preset.fields, **fields})
-    if not isinstance(method, AttentionMethod):
-        raise TypeError(f"method must be a name, a method, a plan or None, got {type(method).__name__}")
-    return dict.fromkeys(transformers, method), Schedule() if bare else preset.schedule, None
-
-
-def _misfit(plan: Plan, transformers: Mapping[str, Module], families: Sequence[ModelFamily]) -> str | None:
-    for (title, transformer), family in zip(transformers.items(), families, strict=True):
-        reason = plan.fits(
-            title,
-            model_class=type(transformer).__name__,
-            config_hash=_config_hash(transformer),
-            layers=len(family.self_attentions(transformer)),
-            heads=getattr(transformer.config, "num_attention_heads", 0),
-        )
-        if reason is not None:
-            return reason
-    return None
-
-
-def _config_hash(transformer: Module) -> str:
-    config: Any = transformer.config
-    return config_hash(config)
 
 
 def _check_kernel(kernel: str | None, transformers: Iterable[Module]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionMethod, MethodState, Pattern, get_method
-from .attention.kernels import check_call, check_tensors
+from .attention.kernels.dispatch import check_call, check_tensors
 from .tokens import AttentionCall, TokenSpec, VideoGrid
 
 

@@ -8,18 +8,16 @@ import torch
 import triton
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
-from fastdit.attention.kernels.triton_bwd import (
+from fastdit.attention.kernels.triton.backward import (
     _dkdv_kernel,
     _dq_kernel,
     _rows_kernel,
     list_constants,
     rows_constants,
 )
-from fastdit.attention.kernels.triton_bwd_config import DKDV_TABLE, DQ_TABLE, MEANS_TABLE
-from fastdit.attention.kernels.triton_bwd_means import _means_kernel
-from fastdit.attention.kernels.triton_bwd_tiles import tile_constants
-from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_fwd import compile_options
+from fastdit.attention.kernels.triton.backward_means import _means_kernel
+from fastdit.attention.kernels.triton.primitives import compile_options, tile_constants
+from fastdit.attention.kernels.triton.tiles import DKDV_TABLE, DQ_TABLE, MEANS_TABLE, Config
 
 MIN_WIDE_TILE = 64  # rows of a product, below which sm_90 and sm_100 use the instruction of earlier GPUs
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

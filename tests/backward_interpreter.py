@@ -7,9 +7,8 @@ from kernel_cases import CASES, Case
 
 from fastdit.attention.kernels import block_sparse_attention
 from fastdit.attention.kernels.options import Options
-from fastdit.attention.kernels.triton_bwd import block_sparse_bwd
-from fastdit.attention.kernels.triton_bwd_config import BackwardConfig
-from fastdit.attention.kernels.triton_config import Config
+from fastdit.attention.kernels.triton.backward import block_sparse_bwd
+from fastdit.attention.kernels.triton.tiles import BackwardConfig, Config
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RUNS = [(CASES[i], FP32) for i in (1, 2, 6, 7, 9)] + [(CASES[i], BF16) for i in (3, 4, 11)] + [(CASES[12], FP16)]

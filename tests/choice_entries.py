@@ -8,10 +8,10 @@ import torch
 import triton
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
-from fastdit.attention.kernels.triton_layout import _lay_out_kernel, layout_constants
-from fastdit.attention.kernels.triton_lists import _lists_kernel, lists_constants
-from fastdit.attention.kernels.triton_mass import _block_mass_kernel, mass_constants, mass_options
-from fastdit.attention.kernels.triton_means import _block_means_kernel, means_constants
+from fastdit.attention.kernels.triton.layout import _lay_out_kernel, layout_constants
+from fastdit.attention.kernels.triton.lists import _lists_kernel, lists_constants
+from fastdit.attention.kernels.triton.mass import _block_mass_kernel, mass_constants, mass_options
+from fastdit.attention.kernels.triton.means import _block_means_kernel, means_constants
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

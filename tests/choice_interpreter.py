@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastdit.attention.kernels.means import means_of_blocks
-from fastdit.attention.kernels.triton_layout import triton_lay_out
-from fastdit.attention.kernels.triton_lists import triton_lists, triton_mask
-from fastdit.attention.kernels.triton_mass import triton_block_mass
-from fastdit.attention.kernels.triton_means import triton_means_of_blocks
+from fastdit.attention.kernels.triton.layout import triton_lay_out
+from fastdit.attention.kernels.triton.lists import triton_lists, triton_mask
+from fastdit.attention.kernels.triton.mass import triton_block_mass
+from fastdit.attention.kernels.triton.means import triton_means_of_blocks
 from fastdit.attention.mass import block_mass
 from fastdit.attention.select import keep_text
 from fastdit.layout import TokenLayout

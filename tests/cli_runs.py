@@ -23,7 +23,7 @@ def folder() -> Path:
     """Save an untrained demo pipeline, once per test process."""
     import torch
 
-    from fastdit.demo.models import build_pipeline
+    from tools.train_demo.models import build_pipeline
 
     torch.manual_seed(0)
     path = Path(tempfile.mkdtemp(prefix="fastdit-tests-"))

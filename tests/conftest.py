@@ -14,7 +14,7 @@ def _seeded():
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Fill every uninitialised tensor with NaN, so that an unwritten block shows."""
-    from fastdit.bench.verify import UNINITIALISED, poisoned
+    from fastdit.bench.measuring.verify import UNINITIALISED, poisoned
 
     for owner, name in UNINITIALISED:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

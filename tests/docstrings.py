@@ -31,8 +31,8 @@ def check_file(file: Path) -> Iterator[tuple[int, str]]:
     if parts[0] == "tests":
         yield from thin_tests(tree)
     else:
-        # the modules of the demo are steps of one training script, where a sentence may do for an Args: section
-        script = parts[:2] == ("fastdit", "demo") and file.name != "__init__.py"
+        # the modules there are steps of one training script, where a sentence may do for an Args: section
+        script = parts[0] == "tools" or (parts[:2] == ("fastdit", "demo") and file.name != "__init__.py")
         for line, fault in public_names(tree, command_line=parts[:2] == ("fastdit", "cli")):
             if not (script and "no Args: section" in fault):
                 yield line, fault
@@ -183,7 +183,7 @@ def thin_tests(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def main(arguments: list[str]) -> int:
     files = [Path(a) for a in arguments] or sorted(
-        file for folder in ("fastdit", "benches", "tests") for file in (ROOT / folder).rglob("*.py")
+        file for folder in ("fastdit", "benches", "tests", "tools") for file in (ROOT / folder).rglob("*.py")
     )
     found = 0
     for file in files:

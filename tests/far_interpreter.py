@@ -14,15 +14,14 @@ from kernel_cases import Case
 from triton.runtime import interpreter
 
 from fastdit.attention.kernels.options import Options
-from fastdit.attention.kernels.triton_bwd import block_sparse_bwd
-from fastdit.attention.kernels.triton_bwd_config import BackwardConfig
-from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_fwd import block_sparse_fwd
-from fastdit.attention.kernels.triton_int8 import int8_fwd
-from fastdit.attention.kernels.triton_layout import triton_lay_out
-from fastdit.attention.kernels.triton_lists import triton_lists
-from fastdit.attention.kernels.triton_mass import triton_block_mass
-from fastdit.attention.kernels.triton_means import triton_block_means
+from fastdit.attention.kernels.triton.backward import block_sparse_bwd
+from fastdit.attention.kernels.triton.forward import block_sparse_fwd
+from fastdit.attention.kernels.triton.int8 import int8_fwd
+from fastdit.attention.kernels.triton.layout import triton_lay_out
+from fastdit.attention.kernels.triton.lists import triton_lists
+from fastdit.attention.kernels.triton.mass import triton_block_mass
+from fastdit.attention.kernels.triton.means import triton_block_means
+from fastdit.attention.kernels.triton.tiles import BackwardConfig, Config
 
 LARGE = 64 << 20  # bytes of a tensor from which it is neither read nor written
 
@@ -167,7 +166,7 @@ def test_large_lists(ends_only):
 
 
 def test_an_address_outside_is_found(ends_only, monkeypatch):
-    from fastdit.attention.kernels import triton_means
+    from fastdit.attention.kernels.triton import means as triton_means
 
     monkeypatch.setattr(triton_means, "broadcast_strides", lambda x: (-(2**30), 0))
     with pytest.raises(AssertionError, match="outside of all tensors"):

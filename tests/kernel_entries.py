@@ -14,9 +14,10 @@ from kernel_compile import TENSOR_CORES, TYPES, Entry
 from precision_entries import PRECISION
 from sla_entries import SLA
 
-from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, TABLE_SINGLE_MEANS, Config
-from fastdit.attention.kernels.triton_fwd import _block_sparse_fwd_kernel, compile_options, constants
-from fastdit.attention.kernels.triton_means import _block_means_kernel, means_constants
+from fastdit.attention.kernels.triton.forward import _block_sparse_fwd_kernel, constants
+from fastdit.attention.kernels.triton.means import _block_means_kernel, means_constants
+from fastdit.attention.kernels.triton.primitives import compile_options
+from fastdit.attention.kernels.triton.tiles import CANDIDATES, TABLE, TABLE_SINGLE_MEANS, Config
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MIN_WIDE_TILE = 64  # queries in a tile, below which sm_90 and sm_100 use the instruction of earlier GPUs

@@ -4,12 +4,14 @@ import pytest
 import torch
 from kernel_cases import CASES, Case, check_against_reference
 
-from fastdit.attention.kernels import block_sparse_attention, choose_kernel, triton_fwd
+from fastdit.attention.kernels import block_sparse_attention, choose_kernel
 from fastdit.attention.kernels.means import block_means
 from fastdit.attention.kernels.options import Options
-from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_fwd import block_sparse_fwd
-from fastdit.attention.kernels.triton_means import MEANS_TILE, triton_block_means
+from fastdit.attention.kernels.triton import forward as triton_fwd
+from fastdit.attention.kernels.triton.forward import block_sparse_fwd
+from fastdit.attention.kernels.triton.means import triton_block_means
+from fastdit.attention.kernels.triton.primitives import MEANS_TILE, _add_some
+from fastdit.attention.kernels.triton.tiles import Config
 
 RUNS = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
 RUNS += [(case, torch.float16) for case in CASES[:4]]
@@ -44,7 +46,7 @@ def test_tiles_without_keys_are_left_out(monkeypatch):
     lengths = torch.tensor([24, 128, 97], dtype=torch.int32)
     mask = case.mask().with_lengths_k(lengths.view(1, 1, -1))
     seen = []
-    add = triton_fwd._add_some
+    add = _add_some
 
     def counted(scores, *rest):
         seen.append(scores.shape)

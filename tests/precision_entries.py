@@ -10,17 +10,16 @@ import torch
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
 from fastdit.attention.kernels.options import Options
-from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_fwd import compile_options
-from fastdit.attention.kernels.triton_int8 import _int8_fwd_kernel, int8_constants
-from fastdit.attention.kernels.triton_int8_config import TABLE_INT8
-from fastdit.attention.kernels.triton_quantize import (
+from fastdit.attention.kernels.triton.int8 import _int8_fwd_kernel, int8_constants
+from fastdit.attention.kernels.triton.primitives import compile_options
+from fastdit.attention.kernels.triton.quantize import (
     _largest_values_kernel,
     _quantize_blocks_kernel,
     _quantize_values_kernel,
     quantize_constants,
     quantize_options,
 )
+from fastdit.attention.kernels.triton.tiles import TABLE_INT8, Config
 
 BF16, FP16 = torch.bfloat16, torch.float16
 INDEX = torch.zeros(1, 1, dtype=torch.int64)

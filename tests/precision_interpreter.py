@@ -8,12 +8,13 @@ import torch
 from kernel_cases import CASES, Case, means_by_hand
 from precision_cases import check_gathered, check_low_precision, unordered
 
-from fastdit.attention.kernels import block_sparse_attention, choose_kernel, triton_int8
+from fastdit.attention.kernels import block_sparse_attention, choose_kernel
 from fastdit.attention.kernels.options import Options
 from fastdit.attention.kernels.quantize import quantize_blocks, quantize_channels, smooth_keys
-from fastdit.attention.kernels.triton_config import Config
-from fastdit.attention.kernels.triton_int8 import int8_fwd
-from fastdit.attention.kernels.triton_quantize import quantize_queries_keys, quantize_values
+from fastdit.attention.kernels.triton import int8 as triton_int8
+from fastdit.attention.kernels.triton.int8 import int8_fwd
+from fastdit.attention.kernels.triton.quantize import quantize_queries_keys, quantize_values
+from fastdit.attention.kernels.triton.tiles import Config
 from fastdit.mask import BlockMask
 
 BF16, FP16 = torch.bfloat16, torch.float16

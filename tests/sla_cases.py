@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.attention.linear import join_linear_attention, linear_attention
+from fastdit.attention.methods.sla.linear import join_linear_attention, linear_attention
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -8,8 +8,7 @@ import torch
 import triton
 from kernel_compile import TENSOR_CORES, TYPES, Entry
 
-from fastdit.attention.kernels.triton_sla_config import TABLE, SlaConfig
-from fastdit.attention.kernels.triton_sla_states import (
+from fastdit.attention.kernels.triton.linear.states import (
     _states_kernel,
     _sums_kernel,
     sums_constants,
@@ -17,7 +16,8 @@ from fastdit.attention.kernels.triton_sla_states import (
     token_constants,
     token_options,
 )
-from fastdit.attention.kernels.triton_sla_tokens import _gradients_kernel, _output_kernel
+from fastdit.attention.kernels.triton.linear.tiles import TABLE, SlaConfig
+from fastdit.attention.kernels.triton.linear.tokens import _gradients_kernel, _output_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = ("states", "weighted-states", "output", "projected", "mixed", "dq", "dkdv")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from sla_cases import BF16, CASES, JOINED, SlaCase, check_joined, check_linear, problem, with_gradients
 
-from fastdit.attention import MethodState, get_method, sla
-from fastdit.attention.kernels import triton_sla
-from fastdit.attention.linear import choose_linear, join_linear_attention, linear_attention
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.kernels.triton.linear import linear as triton_sla
+from fastdit.attention.methods.sla import sla
+from fastdit.attention.methods.sla.linear import choose_linear, join_linear_attention, linear_attention
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 

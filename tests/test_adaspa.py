@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdit
-from fastdit.attention import MethodState, adaspa, get_method, mass, select
-from fastdit.attention.adaspa import levels
+from fastdit.attention import MethodState, get_method, mass, select
 from fastdit.attention.mass import block_mass
+from fastdit.attention.methods import adaspa
+from fastdit.attention.methods.adaspa import levels
 from fastdit.layout import TokenLayout
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 

@@ -24,7 +24,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 from torch.overrides import TorchFunctionMode
 
 import fastdit
-from fastdit.pipelines.base import find_family
+from fastdit.pipelines.families.family import find_family
 
 TIMESTEPS = (900.0, 500.0, 300.0)
 KINDS = ("wan", "cogvideox", "hunyuan_video", "mochi", "ltx")  # one per family

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
-from fastdit.attention.kernels import fa4, triton_attention
+from fastdit.attention.kernels import fa4
+from fastdit.attention.kernels.triton import kernel as triton_attention
+from fastdit.defaults import PRESETS, find_preset
 from fastdit.pipelines import find_family
-from fastdit.pipelines.presets import PRESETS, find_preset
 from fastdit.report import summary
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
-from fastdit.pipelines.base import find_family
+from fastdit.pipelines.families.family import find_family
 from fastdit.pipelines.obstacles import as_autocast
 
 BF16, FP16 = torch.bfloat16, torch.float16

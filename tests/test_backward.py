@@ -12,7 +12,7 @@ from kernel_cases import CASES, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdit.attention.kernels.transposed import transposed_lists
-from fastdit.attention.kernels.triton_bwd_config import choose_backward
+from fastdit.attention.kernels.triton.tiles import choose_backward
 from fastdit.mask import BlockMask
 
 HERE = Path(__file__).parent

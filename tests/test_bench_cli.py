@@ -8,6 +8,7 @@ import re
 import sys
 from functools import partial
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +17,17 @@ import numpy as np
 import pytest
 from cli_runs import SIZE, folder, run, run_json, spawn
 
-import fastdit.bench.contenders
 import fastdit.bench.jobs
+import fastdit.bench.measuring.contenders
 import fastdit.bench.quality
-import fastdit.cli.bench_build
-import fastdit.cli.bench_report
+import fastdit.bench.suites
 from fastdit.attention import get_method
-from fastdit.bench.contenders import Contender
+from fastdit.bench.inputs.settings import find_settings
+from fastdit.bench.measuring.contenders import Contender
+from fastdit.bench.model import Model
 from fastdit.bench.quality import Studio, quality_jobs
-from fastdit.bench.rows import read_rows
-from fastdit.bench.settings import find_settings
+from fastdit.bench.report.result_store import read_rows
 from fastdit.cli.assemble import assembled
-from fastdit.cli.bench_model import Model
 from fastdit.files import folded
 
 KERNELS = ("bench", "kernels", "--densities", "0.5", "--contenders", "sdpa-flash,fastdit-cpu,fa3", "--repeats", "1")
@@ -90,12 +90,12 @@ def test_dry_run_computes_nothing(tmp_path):
 
 
 def test_a_wrong_kernel_is_a_failure(tmp_path, monkeypatch):
-    known = fastdit.bench.contenders.contenders()
+    known = fastdit.bench.measuring.contenders.contenders()
 
     def prepare(q, k, v, mask):
         return lambda: q + 0.1
 
-    monkeypatch.setattr(fastdit.cli.bench_build, "contenders", lambda: [*known, Contender("wrong", True, prepare)])
+    monkeypatch.setattr(fastdit.bench.suites, "contenders", lambda: [*known, Contender("wrong", True, prepare)])
     file = tmp_path / "rows.jsonl"
     result = run("bench", "kernels", *SMALL, "--densities", "0.5", "--contenders", "sdpa-flash,wrong", "-o", file)
     assert result.exit_code == 1
@@ -146,14 +146,14 @@ def test_ctrl_c_between_videos(tmp_path, monkeypatch):
 def test_what_is_learned_from_is_not_compared(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        fastdit.cli.bench_build,
+        fastdit.bench.suites,
         "quality_jobs",
         lambda studio, prompts, seeds, *_, **__: seen.append((list(prompts), list(seeds), studio.args[2])) or [],
     )
     session: Any = SimpleNamespace(seed=5, device="cpu", rows=list)
     model = Model.find(str(folder()))
     for prompts, count in ((["a", "b", "c"], 2), (["a", "b"], None)):
-        fastdit.cli.bench_build.build_quality(session, model, prompts, count, 2, [], (), None)
+        fastdit.bench.suites.build_quality(session, model, prompts, count, 2, [], (), None)
     assert seen == [(["a", "b"], [5, 6], ("c", 7)), (["a", "b"], [5, 6], ("a", 7))]
 
 
@@ -162,7 +162,7 @@ def test_captured_calls_are_of_two_videos(monkeypatch):
     studio: Any = SimpleNamespace(
         pipeline=SimpleNamespace(transformer=None), make=lambda *video: made.append(video), calibration_steps=(1,)
     )
-    build = fastdit.cli.bench_build
+    build = fastdit.bench.suites
     monkeypatch.setattr(build, "open_studio", lambda *_: studio)
     monkeypatch.setattr(build, "middle_layer", lambda _: 0)
     monkeypatch.setattr(build, "capture", lambda pipeline, make, *_: make() or [])
@@ -174,7 +174,7 @@ def test_captured_calls_are_of_two_videos(monkeypatch):
 
 
 def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastdit.cli.bench_report, "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("fastdit.cli.bench"), "find_spec", lambda name: None)
     for command in (("all", "--quick"), ("report", tmp_path / "rows.jsonl")):
         result = run("bench", *command, "-o", tmp_path / ("rows.jsonl" if command[0] == "all" else "page.html"))
         assert result.exit_code == 2 and "jinja2 and matplotlib; install fastdit[bench]" in result.stderr

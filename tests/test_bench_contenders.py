@@ -8,10 +8,10 @@ from kernel_cases import CASES, naive
 from torch.nn.attention.flex_attention import flex_attention
 
 from fastdit.attention.kernels import block_sparse_attention
-from fastdit.bench.contenders import Broken, Contender, Unavailable, contenders, flex_mask, prepare
-from fastdit.bench.measure import Times, interleaved
-from fastdit.bench.problems import PROBLEMS, find_problems
-from fastdit.bench.verify import fault, visible_keys
+from fastdit.bench.inputs.problems import PROBLEMS, find_problems
+from fastdit.bench.measuring.contenders import Broken, Contender, Unavailable, contenders, flex_mask, prepare
+from fastdit.bench.measuring.measure import Times, interleaved
+from fastdit.bench.measuring.verify import fault, visible_keys
 from fastdit.mask import BlockMask
 
 KNOWN = {contender.name: contender for contender in contenders()}

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from fastdit.attention import get_method
-from fastdit.bench import clips
-from fastdit.bench.clips import compare_clips, flicker, lpips_distance, strip
 from fastdit.bench.e2e import amdahl
-from fastdit.bench.measure import peak_memory, reset_peak
+from fastdit.bench.inputs.settings import default_settings, demo_preset, find_settings
+from fastdit.bench.inputs.synthetic import KINDS, synthetic
+from fastdit.bench.measuring import clips
+from fastdit.bench.measuring.clips import compare_clips, flicker, lpips_distance, strip
+from fastdit.bench.measuring.measure import peak_memory, reset_peak
 from fastdit.bench.methods import measure_call, method_jobs
-from fastdit.bench.pictures import time_pictures
-from fastdit.bench.rows import Store
-from fastdit.bench.settings import default_settings, demo_preset, find_settings
-from fastdit.bench.synthetic import KINDS, synthetic
+from fastdit.bench.report.pictures import time_pictures
+from fastdit.bench.report.result_store import Store
 from fastdit.tokens import TokenSpec, VideoGrid
 
 TOKENS = TokenSpec(VideoGrid(6, 12, 12), 32)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit.bench.columns import changes, compared, mean_rows
-from fastdit.bench.contenders import Contender, Unavailable, contenders
+from fastdit.bench.inputs.problems import find_problems
 from fastdit.bench.jobs import Job, Outcome, run_job
 from fastdit.bench.kernels import kernel_jobs
-from fastdit.bench.measure import Times
-from fastdit.bench.problems import find_problems
-from fastdit.bench.rows import Store, environment, latest, other_run, read_rows
+from fastdit.bench.measuring.contenders import Contender, Unavailable, contenders
+from fastdit.bench.measuring.measure import Times
+from fastdit.bench.report.columns import changes, compared, mean_rows
+from fastdit.bench.report.result_store import Store, environment, latest, other_run, read_rows
 
 
 def job(calls: list, parts=("a", "b"), **outcome) -> Job:

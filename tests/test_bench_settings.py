@@ -12,17 +12,25 @@ import torch
 import fastdit
 from fastdit import Schedule, pattern
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.table import Table
-from fastdit.bench.adjust import MODES, at_density, radial_fields
-from fastdit.bench.capture import some_layers
+from fastdit.attention.per_head.table import Table
+from fastdit.bench.inputs.capture import some_layers
+from fastdit.bench.inputs.density_matching import at_density, radial_fields
+from fastdit.bench.inputs.problems import PROBLEMS, find_problems
+from fastdit.bench.inputs.settings import (
+    SEARCH,
+    default_settings,
+    demo_preset,
+    find_settings,
+    preset_of,
+    settings_by_part,
+)
+from fastdit.bench.inputs.synthetic import synthetic
 from fastdit.bench.methods import measure_call
-from fastdit.bench.problems import PROBLEMS, find_problems
 from fastdit.bench.random_models import problem_preset
-from fastdit.bench.settings import SEARCH, default_settings, demo_preset, find_settings, preset_of, settings_by_part
-from fastdit.bench.synthetic import synthetic
-from fastdit.bench.winners import winners
-from fastdit.demo.models import build_pipeline
+from fastdit.bench.report.ranking import winners
+from fastdit.search.candidates import SPARSE_VDIT as MODES
 from fastdit.tokens import TokenSpec, VideoGrid
+from tools.train_demo.models import build_pipeline
 
 TOKENS = TokenSpec(VideoGrid(4, 8, 12))
 SAMPLE = synthetic(TOKENS, head_dim=32)
@@ -141,7 +149,7 @@ def test_radial_is_matched_with_the_fields_that_are_given():
 def test_names_that_are_taken(tmp_path):
     with pytest.raises(ValueError, match="'sla' is named twice"):
         find_settings(["sla", "draft", "sla"])
-    shipped = next((Path(fastdit.__file__).parent / "search" / "plans").glob("*.json"))
+    shipped = next((Path(fastdit.__file__).parent / "plans" / "data").glob("*.json"))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "plan.json").write_text(shipped.read_text())

@@ -6,7 +6,8 @@ import json
 import pytest
 
 import fastdit
-from fastdit.attention import base, get_method, list_methods, method_class
+from fastdit.attention import get_method, list_methods, method_class
+from fastdit.attention import method as base
 from fastdit.search.candidates import default_candidates, describe, make_candidates, sparse_vdit_candidates
 
 

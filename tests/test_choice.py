@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fastdit.attention import MethodState, get_method, mass, reorder
 from fastdit.attention.kernels import means
-from fastdit.attention.ordered import pattern_of
+from fastdit.attention.pattern import pattern_of
 from fastdit.attention.reorder import lay_out, part_scores, pool_laid_out, put_back
 from fastdit.attention.select import pool_blocks
 from fastdit.layout import TokenLayout
@@ -98,7 +98,7 @@ class Launch:
         return lambda *arguments, **constants: self.launched.add(self.name)
 
 
-KERNELS = ("triton_mass._block_mass", "triton_means._block_means", "triton_lists._lists", "triton_layout._lay_out")
+KERNELS = ("triton.mass._block_mass", "triton.means._block_means", "triton.lists._lists", "triton.layout._lay_out")
 METHODS = {
     "adaspa": {"_block_mass", "_lists", "_lay_out"},
     "sla": {"_block_means", "_lists"},
@@ -114,7 +114,7 @@ def test_nothing_waits_for_the_device(name, triton, monkeypatch):
     if triton:
         pytest.importorskip("triton")
         for kernel in KERNELS:
-            module, function = kernel.split(".")
+            module, function = kernel.rsplit(".", 1)
             monkeypatch.setattr(f"fastdit.attention.kernels.{module}.{function}_kernel", Launch(launched, function))
     spec = TokenSpec(VideoGrid(3, 9, 11), 19)
     padding = torch.zeros(2, spec.num_tokens, dtype=torch.bool)
@@ -127,7 +127,7 @@ def test_nothing_waits_for_the_device(name, triton, monkeypatch):
     if triton:
         for module in (mass, means, reorder):
             monkeypatch.setattr(module, "takes_triton", lambda *tensors: True)
-        monkeypatch.setattr("fastdit.attention.ordered.has_triton", lambda device: True)
+        monkeypatch.setattr("fastdit.attention.pattern.has_triton", lambda device: True)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         with pytest.raises(DataDependentOutputException):
             fake.from_tensor(q).sum().item()

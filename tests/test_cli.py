@@ -15,10 +15,11 @@ from cli_runs import listing, run, run_json
 
 import fastdit
 from fastdit import metrics
-from fastdit.cli import results, video
-from fastdit.cli.errors import InputError
 from fastdit.cli.settings import read_settings, read_value
-from fastdit.cli.sizes import SizeLimits
+from fastdit.generation import video
+from fastdit.generation.errors import InputError
+from fastdit.generation.report import mean_decibels
+from fastdit.generation.sizes import SizeLimits
 
 
 def waves(frames=9, height=48, width=64, shift=0.0):
@@ -243,9 +244,9 @@ def test_two_videos_side_by_side():
 
 
 def test_psnr_of_several_videos_is_that_of_their_mean_error():
-    assert results.mean_decibels([20.0, 20.0]) == pytest.approx(20)
-    assert results.mean_decibels([20.0, "inf"]) == pytest.approx(23.0103)
-    assert results.mean_decibels(["inf", "inf"]) == "inf"
+    assert mean_decibels([20.0, 20.0]) == pytest.approx(20)
+    assert mean_decibels([20.0, "inf"]) == pytest.approx(23.0103)
+    assert mean_decibels(["inf", "inf"]) == "inf"
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdit.cli import models, video
 from fastdit.cli.apart import check_apart
-from fastdit.cli.errors import InputError
-from fastdit.cli.prompts import plan_jobs, read_prompts
-from fastdit.cli.screen import json_text
+from fastdit.cli.console import json_text
+from fastdit.generation import loading as models
+from fastdit.generation import video
+from fastdit.generation.errors import InputError
+from fastdit.generation.jobs import plan_jobs, read_prompts
 
 
 def test_names_come_from_the_prompts(tmp_path):

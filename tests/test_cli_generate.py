@@ -12,8 +12,9 @@ from cli_runs import folder, listing, run, run_json, small
 
 import fastdit
 from fastdit import metrics
-from fastdit.cli import making, models
-from fastdit.cli.video import write_video
+from fastdit.generation import loading as models
+from fastdit.generation import studio as making
+from fastdit.generation.video import write_video
 
 DRAFT = ("--method", "draft", "--set", "tile=1,2,2", "--density", "0.3")
 

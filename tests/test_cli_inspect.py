@@ -10,7 +10,7 @@ from test_plan import masks
 from test_views import SMALL, some_plan
 
 from fastdit.attention import get_method
-from fastdit.search.plan import Plan, TransformerPlan, config_hash
+from fastdit.plans.plan import Plan, TransformerPlan, config_hash
 from fastdit.tokens import TokenSpec, VideoGrid
 
 

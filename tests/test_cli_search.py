@@ -7,12 +7,12 @@ import pytest
 from cli_runs import folder, listing, run, run_json, small
 from test_decide import cost_of
 
-from fastdit.cli import models
-from fastdit.cli.search import DEMO_PROMPTS, split_candidates
+from fastdit.cli.search import DEMO_PROMPTS
 from fastdit.demo.captions import is_held_out, parse_caption
-from fastdit.search import task
-from fastdit.search.candidates import make_candidates
-from fastdit.search.plan import Plan
+from fastdit.generation import loading as models
+from fastdit.plans.plan import Plan
+from fastdit.search import stages as task
+from fastdit.search.candidates import make_candidates, split_candidates
 
 CANDIDATES = "draft(density=0.1, tile=(1, 2, 2)), draft(density=0.4, tile=(1, 2, 2))"
 
@@ -146,7 +146,7 @@ def test_a_preset(place):
 def test_what_is_left_open_is_as_the_preset_has_it(place, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "fastdit.search.run.search", lambda *about, **options: asked.append(options["sampling"]) or 1 / 0
+        "fastdit.search.search.search", lambda *about, **options: asked.append(options["sampling"]) or 1 / 0
     )
     preset = ("--preset", "sparse-vdit")
     for changes in (preset, (*preset, "--warmup-steps", 2), (*preset, "--samples", 1), (*preset, "--budget", 0.4), ()):

@@ -80,7 +80,7 @@ def test_cpu_gradients(case, dtype):
 
 
 def test_cpu_runs_in_chunks(monkeypatch):
-    from fastdit.attention.kernels import cpu
+    from fastdit.attention.kernels.cpu import kernel as cpu
 
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
     check_against_reference(Case(heads=(2, 1), tokens=(250, 200), padded=True), torch.float32, "cpu", compensate="mean")

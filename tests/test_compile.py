@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import fastdit
-from fastdit.pipelines import rebind
+from fastdit.pipelines.interception.operator import _attention
 
 
 @pytest.fixture(autouse=True)
@@ -168,4 +168,4 @@ def test_pipeline_with_a_compiled_transformer():
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
 def test_no_cuda_graph_records_what_the_operator_does():
     """It differs from step to step, so inductor has to divide its graphs there; it goes by this tag."""
-    assert torch.Tag.cudagraph_unsafe in rebind._attention._opoverload.tags
+    assert torch.Tag.cudagraph_unsafe in _attention._opoverload.tags

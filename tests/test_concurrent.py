@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import fastdit
-from fastdit.pipelines.intercept import installed
+from fastdit.pipelines.interception.installation import installed
 
 METHODS = {
     "draft": {"method": "draft", "density": 0.4, "tile": (1, 4, 4), "compensate": "mean"},

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import fastdit
-from fastdit.pipelines.context import MAX_PARTS, MAX_PASSES, PassContext, Run
-from fastdit.pipelines.intercept import installed
+from fastdit.pipelines.interception.installation import installed
+from fastdit.pipelines.run_tracker import MAX_PARTS, MAX_PASSES, PassContext, Run
 
 CFG = ("cond", "uncond")
 

@@ -10,7 +10,8 @@ import torch
 from test_views import SMALL, some_plan
 
 from fastdit.attention import MethodState, get_method
-from fastdit.search import cost, plan
+from fastdit.plans import plan
+from fastdit.search import cost
 from fastdit.search.candidates import describe
 from fastdit.search.cost import CostModel, Timing, measure_cost, structured_qkv
 from fastdit.search.scores import Shape

@@ -14,9 +14,10 @@ import torch
 from kernel_cases import Case
 
 from benches import busy
-from fastdit.attention.kernels import block_sparse_attention, cpu
-from fastdit.attention.kernels.cpu_workers import run_jobs
-from fastdit.bench import measure
+from fastdit.attention.kernels import block_sparse_attention
+from fastdit.attention.kernels.cpu import kernel as cpu
+from fastdit.attention.kernels.cpu.workers import run_jobs
+from fastdit.bench.measuring import measure
 from fastdit.mask import BlockMask
 
 CASES = [

@@ -11,9 +11,10 @@ from diffusers.hooks import HookRegistry, ModelHook
 import fastdit
 from fastdit.attention import Pattern
 from fastdit.layout import TokenLayout
-from fastdit.pipelines import crossing, hooks
-from fastdit.pipelines.crossing import PLACES, Crossing
-from fastdit.pipelines.intercept import installed
+from fastdit.pipelines import order_once as crossing
+from fastdit.pipelines.interception import hooks
+from fastdit.pipelines.interception.installation import installed
+from fastdit.pipelines.order_once import PLACES, Crossing
 from fastdit.schedule import Schedule
 
 KINDS = ("wan", "wan_i2v", "ltx")

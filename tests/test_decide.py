@@ -8,14 +8,13 @@ import pytest
 
 from fastdit import Schedule
 from fastdit.attention import get_method
+from fastdit.search.allocation import Problem, Target, choose_modes
 from fastdit.search.candidates import describe
-from fastdit.search.cells import collect, layer_weights
 from fastdit.search.cost import CostModel, Timing
-from fastdit.search.decide import Problem, Target
 from fastdit.search.sampling import SampledSteps, Sampling
 from fastdit.search.scores import CallScores, Change, Scores, Shape
 from fastdit.search.solver import ImpossibleBudget
-from fastdit.search.sparse_vdit import choose_modes
+from fastdit.search.statistics import collect, layer_weights
 from fastdit.tokens import TokenSpec, VideoGrid
 
 SHAPE = Shape(2, 2, 16, 1, TokenSpec(VideoGrid(3, 8, 8)), "float32", "cpu")

@@ -19,11 +19,11 @@ from fastdit.demo.captions import (
     sample_attributes,
     write_caption,
 )
-from fastdit.demo.models import build_pipeline, build_text_encoder, build_tokenizer, build_transformer
-from fastdit.demo.optim import load_checkpoint, lr_factor, save_checkpoint
-from fastdit.demo.scenes import sample_scene
 from fastdit.demo.scorer import read_clip
-from fastdit.demo.subsets import (
+from tools.train_demo.models import build_pipeline, build_text_encoder, build_tokenizer, build_transformer
+from tools.train_demo.optim import load_checkpoint, lr_factor, save_checkpoint
+from tools.train_demo.scenes import sample_scene
+from tools.train_demo.subsets import (
     TEXT_TOKENS,
     PaddedTextProcessor,
     PlacedRope,
@@ -31,7 +31,7 @@ from fastdit.demo.subsets import (
     gather_tokens,
     subset_training,
 )
-from fastdit.demo.train_dit import CaptionTable, train_dit
+from tools.train_demo.train_dit import CaptionTable, train_dit
 
 GRID = (4, 8, 8)
 

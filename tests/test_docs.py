@@ -15,9 +15,10 @@ import torch
 from docstrings import public_names
 
 import fastdit
-from fastdit.attention import base, kernels
+from fastdit.attention import method as base
+from fastdit.attention.kernels import dispatch as kernels
 from fastdit.attention.kernels.options import Options
-from fastdit.pipelines import base as families
+from fastdit.pipelines.families import family as families
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]

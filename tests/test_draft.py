@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdit.attention import MethodState, get_method
-from fastdit.layout import fitting_tile, tile_order
+from fastdit.token_orders import fitting_tile, tile_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 

@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn import Module
 
 import fastdit
-from fastdit.pipelines.base import Boundary, find_family
+from fastdit.pipelines.families.family import Boundary, find_family
 
 
 class Foreign:

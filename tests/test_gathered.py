@@ -6,10 +6,11 @@ import pytest
 import torch
 from precision_cases import unordered
 
-from fastdit.attention import BlockMethod, MethodState, Pattern, base, get_method
+from fastdit.attention import BlockMethod, MethodState, Pattern, get_method
+from fastdit.attention import method as base
 from fastdit.attention.kernels import block_sparse_attention
+from fastdit.attention.kernels.checks import SWITCH
 from fastdit.attention.kernels.fa4 import check as fa4_check
-from fastdit.attention.kernels.lists import SWITCH
 from fastdit.attention.kernels.options import Options
 from fastdit.layout import TokenLayout, stack_heads
 from fastdit.mask import BlockMask

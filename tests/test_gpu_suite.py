@@ -11,8 +11,8 @@ import torch
 import typer
 
 from benches import gpu_sla, gpu_suite, gpu_times
-from fastdit.bench.contenders import Contender
 from fastdit.bench.jobs import Job, Outcome
+from fastdit.bench.measuring.contenders import Contender
 
 ROOT = Path(__file__).parent.parent
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,30 +13,35 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     {"tokens", "schedule", "metrics"},
-    {"curve", "files", "packages"},
+    {"files", "environment"},
+    {"token_orders"},
     {"layout", "mask"},
     {"attention.kernels"},
     {"attention"},
     {"pipelines"},
+    {"plans"},
+    {"defaults"},
     {"search"},
     {"report"},
     {"api", "functional"},
     {"attach"},
     {""},  # fastdit/__init__.py
     {"demo"},
+    {"generation"},
     {"bench"},
     {"cli"},
-    {"benches"},
+    {"benches", "tools"},
     {"__main__"},
 )
 MAY_IMPORT = {  # packages that only some parts of fastdit know
-    "diffusers": ("", "api", "bench", "cli", "demo", "pipelines"),
-    "accelerate": ("", "api", "cli", "demo", "pipelines"),
-    "transformers": ("cli", "demo", "pipelines"),
-    "typer": ("cli", "demo"),
-    "rich": ("cli", "demo", "report"),
-    "imageio": ("bench", "cli", "demo"),
+    "diffusers": ("", "api", "bench", "demo", "generation", "pipelines"),
+    "accelerate": ("", "api", "demo", "generation", "pipelines"),
+    "transformers": ("demo", "generation", "pipelines"),
+    "typer": ("cli",),
+    "rich": ("cli", "report"),
+    "imageio": ("bench", "demo", "generation"),
 }
+OUTSIDE = ("benches", "tools")  # not installed with the package
 OPTIONAL = {"matplotlib", "peft", "skimage", "lpips", "xformers", "flash_attn", "pandas", "jinja2"}
 
 
@@ -51,7 +57,7 @@ class Import(NamedTuple):
 
 
 def python_files() -> list[Path]:
-    return sorted([*ROOT.glob("fastdit/**/*.py"), *ROOT.glob("benches/**/*.py")])
+    return sorted([*ROOT.glob("fastdit/**/*.py"), *ROOT.glob("benches/**/*.py"), *ROOT.glob("tools/**/*.py")])
 
 
 def module_name(file: Path) -> str:
@@ -95,8 +101,8 @@ def is_module(name: str) -> bool:
 
 def part(module: str) -> str | None:
     """Name the part of fastdit that a module belongs to; ``None`` for a foreign one."""
-    if module.split(".")[0] == "benches":
-        return "benches"
+    if module.split(".")[0] in OUTSIDE:
+        return module.split(".")[0]
     if module.split(".")[0] != "fastdit":
         return None
     inner = module.removeprefix("fastdit").removeprefix(".")
@@ -119,29 +125,58 @@ def test_arrows_point_left():
     assert not wrong, "\n".join(wrong)
 
 
+def test_there_is_no_circle():
+    """Also not by imports for type checkers alone, nor by those within functions."""
+    files = {module_name(file): file for file in python_files()}
+    reached: dict[str, set[str]] = {name: set() for name in files}
+    for each in ALL:
+        # a package stands for no module of its own: its modules are imported through it
+        if each.target in files and each.target != each.source and files[each.target].name != "__init__.py":
+            reached[each.source].add(each.target)
+    changed = True
+    while changed:
+        changed = False
+        for name, known in reached.items():
+            more = known.union(*(reached[other] for other in known))
+            changed |= len(more) > len(known)
+            reached[name] = more
+    circles = {name: sorted(o for o in known if name in reached[o]) for name, known in reached.items() if name in known}
+    assert not circles
+
+
+def test_no_folder_is_full():
+    counts = Counter(file.parent.relative_to(ROOT).as_posix() for file in python_files() if file.stem != "__init__")
+    assert {folder: count for folder, count in counts.items() if count > 15} == {}
+
+
 def test_methods_do_not_import_each_other():
-    tree = ast.parse((ROOT / "fastdit/attention/__init__.py").read_text())
+    tree = ast.parse((ROOT / "fastdit/attention/methods/__init__.py").read_text())
     names = next(
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHODS"
     )
-    methods = {f"fastdit.attention.{name}" for name in names} - {"fastdit.attention.table"}
-    assert methods
-    wrong = [str(i) for i in ALL if i.source in methods and i.target in methods]
+
+    def method(module: str) -> str | None:
+        inner = module.removeprefix("fastdit.attention.methods.")
+        return inner.split(".")[0] if inner != module else None
+
+    pairs = [(i, method(i.source), method(i.target)) for i in ALL]
+    assert {source for _, source, _ in pairs if source} == set(names)
+    wrong = [str(i) for i, source, target in pairs if source and target and source != target]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_only_some_parts_import(package):
-    users = [i for i in ALL if i.target.split(".")[0] == package and part(i.source) != "benches"]
+    users = [i for i in ALL if i.target.split(".")[0] == package and part(i.source) not in OUTSIDE]
     wrong = [str(i) for i in users if part(i.source) not in MAY_IMPORT[package]]
     assert not wrong, "\n".join(wrong)
 
 
 def test_triton_stays_in_its_files():
     files = {i.file.relative_to(ROOT).as_posix() for i in ALL if i.target.split(".")[0] == "triton"}
-    wrong = [f for f in files if not f.startswith(("fastdit/attention/kernels/triton_", "benches/"))]
+    wrong = [f for f in files if not f.startswith(("fastdit/attention/kernels/triton/", "benches/"))]
     assert not wrong
 
 
@@ -150,8 +185,8 @@ def test_triton_files_are_imported_when_first_used():
         str(i)
         for i in ALL
         if i.at_import
-        and i.target.startswith("fastdit.attention.kernels.triton_")
-        and "triton_" not in i.source
+        and i.target.startswith("fastdit.attention.kernels.triton.")
+        and not i.source.startswith("fastdit.attention.kernels.triton")
         and not i.source.startswith("benches.")
     ]
     assert not wrong, "\n".join(wrong)

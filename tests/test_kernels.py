@@ -8,8 +8,8 @@ import pytest
 import torch
 from kernel_cases import CASES, Case, check_against_reference, naive
 
-from fastdit.attention import kernels
 from fastdit.attention.kernels import block_sparse_attention, choose_kernel, explain_kernels, list_kernels
+from fastdit.attention.kernels import dispatch as kernels
 from fastdit.mask import BlockMask
 
 HERE = Path(__file__).parent
@@ -128,7 +128,7 @@ def test_cpu_backward_in_low_precision():
 
 
 def test_cpu_runs_in_chunks(monkeypatch):
-    from fastdit.attention.kernels import cpu
+    from fastdit.attention.kernels.cpu import kernel as cpu
 
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(cpu, "_SLICE", 64)
@@ -223,7 +223,7 @@ def test_bad_scale():
 
 
 def test_the_plan_is_made_once_per_mask(monkeypatch):
-    from fastdit.attention.kernels import cpu_plan
+    from fastdit.attention.kernels.cpu import grouping as cpu_plan
 
     made = []
     monkeypatch.setattr(cpu_plan, "_plan_head", lambda *args, plan=cpu_plan._plan_head: made.append(1) or plan(*args))

@@ -15,7 +15,7 @@ from kernel_compile import SHARED_LIMIT, compile_entry, faults
 from kernel_entries import BF16, FP16, FP32, entries, fwd_entry
 
 from fastdit.attention.kernels.options import VARIANTS
-from fastdit.attention.kernels.triton_config import CANDIDATES, TABLE, Config, choose_config, table_arch
+from fastdit.attention.kernels.triton.tiles import CANDIDATES, TABLE, Config, choose_config, table_arch
 
 ENTRIES = entries()
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from test_table import BUILT, DENSE, METHODS, ROW, Nothing, Own, Stripes, qkv, table
 
-from fastdit.attention import MethodState, get_method, launches
+from fastdit.attention import MethodState, get_method
 from fastdit.attention.kernels import block_sparse_attention
-from fastdit.attention.ordered import pattern_of
-from fastdit.attention.table import Table
-from fastdit.layout import TokenLayout, token_order
+from fastdit.attention.pattern import merge_heads, pattern_of
+from fastdit.attention.per_head import head_groups as launches
+from fastdit.attention.per_head.table import Table
+from fastdit.layout import TokenLayout
 from fastdit.mask import BlockMask
 from fastdit.schedule import step_bucket
+from fastdit.token_orders import token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 
@@ -30,7 +32,7 @@ def test_few_launches(monkeypatch):
         seen.append((q.shape[1], options["compensate"]))
         return block_sparse_attention(q, k, v, mask, **options)
 
-    monkeypatch.setattr("fastdit.attention.base.block_sparse_attention", counted)
+    monkeypatch.setattr("fastdit.attention.method.block_sparse_attention", counted)
     spec = TokenSpec(VideoGrid(3, 9, 11))
     q, k, v = qkv(spec)
     table(ROW).forward(q, k, v, AttentionCall(spec), MethodState())
@@ -70,7 +72,7 @@ def test_static_patterns_are_built_once_for_all_layers():
     method, first = table(*rows), MethodState()
     states = {(layer, branch): MethodState(cache=first.cache) for layer in range(3) for branch in ("cond", "uncond")}
     built = []
-    from_dense, merge = BlockMask.from_dense, launches.merge_heads
+    from_dense, merge = BlockMask.from_dense, merge_heads
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockMask, "from_dense", lambda *a, **b: built.append("mask") or from_dense(*a, **b))
         patch.setattr(launches, "merge_heads", lambda parts: built.append("merge") or merge(parts))
@@ -84,7 +86,7 @@ def test_static_patterns_are_built_once_for_all_layers():
 
 def test_static_heads_beside_dynamic_ones_are_merged_once(monkeypatch):
     spec = TokenSpec(VideoGrid(3, 9, 11))
-    merges, merge = [], launches.merge_heads
+    merges, merge = [], merge_heads
     monkeypatch.setattr(launches, "merge_heads", lambda parts: merges.append(len(parts)) or merge(parts))
     state, method = MethodState(), table((3, 4, 2, 3))
     for step in range(4):

@@ -7,8 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit.attention import MethodState
-from fastdit.attention.ordered import OrderedMethod, pattern_of
-from fastdit.layout import ORDERS, TokenLayout, axis_order, tile_order, tile_parts, token_order
+from fastdit.attention.ordered import OrderedMethod
+from fastdit.attention.pattern import pattern_of
+from fastdit.layout import TokenLayout
+from fastdit.token_orders import ORDERS, axis_order, tile_order, tile_parts, token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRIDS = [VideoGrid(1, 1, 1), VideoGrid(1, 5, 7), VideoGrid(3, 4, 6), VideoGrid(5, 9, 11), VideoGrid(4, 8, 8)]

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import CASES, Case
 
 from fastdit.attention.kernels import block_sparse_attention
-from fastdit.attention.kernels.lists import SWITCH, check_lists
+from fastdit.attention.kernels.checks import SWITCH, check_lists
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

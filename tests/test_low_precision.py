@@ -7,9 +7,11 @@ from test_table import ROW, qkv, table
 from torch._dynamo.testing import CompileCounter
 
 import fastdit
-from fastdit.attention import MethodState, get_method, kernels
-from fastdit.attention.kernels import low_precision_reason, triton_attention
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.kernels import dispatch as kernels
+from fastdit.attention.kernels import low_precision_reason
 from fastdit.attention.kernels.options import Options
+from fastdit.attention.kernels.triton import kernel as triton_attention
 from fastdit.mask import BlockMask
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 

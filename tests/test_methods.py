@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastdit.attention import AttentionMethod, MethodState, Pattern, get_method, list_methods, method_class
 from fastdit.attention.kernels import block_sparse_attention
-from fastdit.attention.paro import calibrate
+from fastdit.attention.methods.paro import calibrate
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRIDS = [VideoGrid(1, 6, 10), VideoGrid(3, 9, 11), VideoGrid(5, 8, 16), VideoGrid(2, 13, 5)]
@@ -43,7 +43,7 @@ def small(name, q, k, call, **fields):
 def chosen(method, q, k, call):
     """A state in which the pattern is made already: the call that makes it may compute more than that (adaspa)."""
     state = MethodState()
-    pattern = state.resolve(method, q, k, call)
+    pattern = method.resolve(q, k, call, state)
     state.refresh = False
     return pattern, state
 
@@ -60,7 +60,7 @@ def settled(method, q, k, v, call):
         alone, own = dataclasses.replace(call, key_padding=padding), MethodState()
         method.forward(*sample, alone, own)  # which may compute more than the pattern (adaspa)
         own.refresh = False
-        patterns.append(own.resolve(method, *sample[:2], alone))
+        patterns.append(method.resolve(*sample[:2], alone, own))
     method.forward(q, k, v, call, state)
     state.refresh = False
     return method.forward(q, k, v, call, state), state, patterns
@@ -204,11 +204,11 @@ def test_patterns_are_reused_as_they_may_be(name):
     state = MethodState()
     q, k, _ = qkv(spec)
     method = small(name, q, k, AttentionCall(spec))
-    first = state.resolve(method, q, k, AttentionCall(spec))
+    first = method.resolve(q, k, AttentionCall(spec), state)
     state.refresh = False
-    assert state.resolve(method, *list(qkv(spec))[:2], AttentionCall(spec, step=1)) is first
+    assert method.resolve(*list(qkv(spec))[:2], AttentionCall(spec, step=1), state) is first
     state.refresh = True
-    again = state.resolve(method, *list(qkv(spec))[:2], AttentionCall(spec, step=2))
+    again = method.resolve(*list(qkv(spec))[:2], AttentionCall(spec, step=2), state)
     assert (again is first) == method.static
     state.reset()
     assert state.pattern is None

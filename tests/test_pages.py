@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdit.bench.columns import mean_rows
+from fastdit.bench.report.columns import mean_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,10 +12,11 @@ from test_paro_plan import plan_for
 
 import fastdit
 from fastdit.attention import MethodState, get_method, mass
-from fastdit.attention.paro import calibrate
-from fastdit.attention.paro_calibration import keep_largest, order_scores, order_statistics
-from fastdit.attention.paro_plan import AXIS_ORDERS
-from fastdit.layout import TokenLayout, axis_order, stack_heads
+from fastdit.attention.methods.paro import calibrate
+from fastdit.attention.methods.paro.calibration import keep_largest, order_scores, order_statistics
+from fastdit.attention.methods.paro.masks import AXIS_ORDERS
+from fastdit.layout import TokenLayout, stack_heads
+from fastdit.token_orders import axis_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRIDS = [VideoGrid(1, 6, 10), VideoGrid(3, 5, 7), VideoGrid(2, 4, 8)]
@@ -221,7 +222,7 @@ def test_a_pattern_of_another_bucket_is_not_reused():
     spec = TokenSpec(VideoGrid(3, 5, 7))
     method, state = get_method("paro", plan=plan_for(spec, edges=(0.5, 1))), MethodState()
     q, k, v = test_methods.qkv(spec)
-    state.resolve(method, q, k, AttentionCall(spec, step=0, num_steps=2))
+    method.resolve(q, k, AttentionCall(spec, step=0, num_steps=2), state)
     state.refresh = False
     late = AttentionCall(spec, step=1, num_steps=2)
     assert torch.equal(method.forward(q, k, v, late, state), method.forward(q, k, v, late, MethodState()))

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastdit.attention import get_method
-from fastdit.attention.paro import ParoPlan
-from fastdit.attention.paro_plan import AXIS_ORDERS, pack, unpack
+from fastdit.attention.methods.paro.masks import AXIS_ORDERS, ParoPlan, pack, unpack
 from fastdit.tokens import TokenSpec, VideoGrid
 
 TEXTS = [(0, False), (19, True), (19, False)]

@@ -11,7 +11,7 @@ from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_hunyuan_video, transformer_ltx, transformer_wan
 
 import fastdit
-from fastdit.pipelines.twins import Twin
+from fastdit.pipelines.interception.twins import Twin
 
 USED = {  # a function that the processors of a kind find in their module, or in torch.nn.functional
     "wan": (transformer_wan, "_get_qkv_projections"),

@@ -11,12 +11,12 @@ import torch
 
 import fastdit
 from fastdit.attention import MethodState, get_method
-from fastdit.attention.paro_plan import ParoPlan, pack
-from fastdit.attention.table import Table
+from fastdit.attention.methods.paro.masks import ParoPlan, pack
+from fastdit.attention.per_head.table import Table
 from fastdit.demo import load_pipeline
-from fastdit.search.plan import Plan, TransformerPlan, config_hash
-from fastdit.search.schema import PlanError
-from fastdit.search.shipped import find_shipped_plan
+from fastdit.plans.plan import Plan, TransformerPlan, config_hash
+from fastdit.plans.schema import PlanError
+from fastdit.plans.shipped import find_shipped_plan
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 CANDIDATES = (

@@ -6,9 +6,9 @@ import warnings
 import pytest
 from test_plan import plan
 
-from fastdit.search import schema
-from fastdit.search.plan import Plan
-from fastdit.search.schema import PlanError
+from fastdit.plans import schema
+from fastdit.plans.plan import Plan
+from fastdit.plans.schema import PlanError
 
 
 def at(*keys, to):

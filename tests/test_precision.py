@@ -13,7 +13,7 @@ from precision_cases import check_gathered, check_low_precision
 
 from fastdit.attention.kernels import block_sparse_attention, choose_kernel, explain_kernels, list_precisions
 from fastdit.attention.kernels.quantize import int8_products, quantize_blocks, quantize_channels, round_weights
-from fastdit.attention.kernels.triton_int8_config import choose_int8_config, int8_reason
+from fastdit.attention.kernels.triton.tiles import choose_int8_config, int8_reason
 from fastdit.mask import BlockMask
 
 HERE = Path(__file__).parent

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from fastdit.attention import MethodState, get_method, profiled
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.methods import profiled
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 TILES = ((4, 2, 2), (1, 4, 4), (4, 1, 4), (4, 4, 1))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_methods import qkv, reference
 
-from fastdit.attention import MethodState, get_method, radial
-from fastdit.attention.radial import radial_blocks
-from fastdit.layout import token_order
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.methods import radial
+from fastdit.attention.methods.radial import radial_blocks
+from fastdit.token_orders import token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "radial.json").read_text())["cases"]
@@ -209,7 +210,7 @@ def test_attention_in_other_orders(order, text, poisoned_empty):
     method = get_method("radial", block_size=16, order=order, decay=0.1)
     state = MethodState()
     out = method.forward(q, k, v, call, state)
-    pattern = state.resolve(method, q, k, call)
+    pattern = method.resolve(q, k, call, state)
     assert pattern.density < 0.9
     torch.testing.assert_close(out, reference(q, k, v, pattern), rtol=1e-4, atol=1e-5)
     everything = get_method("radial", block_size=16, order=order, decay=1e6, min_band=1)
@@ -230,11 +231,11 @@ def test_density_falls_and_work_grows_slowly_with_frames():
 def test_the_map_is_built_once_per_grid():
     spec, state, method = TokenSpec(VideoGrid(3, 8, 16)), MethodState(), get_method("radial")
     q = torch.zeros(1, 1, spec.num_tokens, 8)
-    patterns = [state.resolve(method, q, q, AttentionCall(spec, layer=layer)) for layer in range(3)]
+    patterns = [method.resolve(q, q, AttentionCall(spec, layer=layer), state) for layer in range(3)]
     assert patterns[0] is patterns[1] is patterns[2]
     other = AttentionCall(TokenSpec(VideoGrid(3, 8, 8)))
-    assert state.resolve(method, q, q, other) is not patterns[0]
-    assert state.resolve(get_method("radial", decay=0.3), q, q, AttentionCall(spec)) is not patterns[0]
+    assert method.resolve(q, q, other, state) is not patterns[0]
+    assert get_method("radial", decay=0.3).resolve(q, q, AttentionCall(spec), state) is not patterns[0]
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import pytest
 import torch
 from cli_runs import run, run_json
 
-import fastdit.cli.bench_build
+import fastdit.bench.suites
 from fastdit import Schedule
-from fastdit.attention import adaspa, profiled
+from fastdit.attention.methods import adaspa, profiled
 from fastdit.bench import random_models
 from fastdit.bench.e2e import e2e_jobs
-from fastdit.bench.problems import find_problems
+from fastdit.bench.inputs.problems import find_problems
+from fastdit.bench.inputs.settings import find_settings
 from fastdit.bench.random_models import MODELS, model_of, random_subject, step_kinds
-from fastdit.bench.settings import find_settings
 
 SMALL = {"num_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
 PROBLEM = replace(find_problems(["4x8x8/2x128"])[0], name="wan-1.3b-tiny", steps=10, passes=2)
@@ -96,9 +96,9 @@ def test_default_is_that_of_the_model(monkeypatch):
 def test_rows_of_the_command(tmp_path, monkeypatch):
     stock = random_subject
     monkeypatch.setattr(
-        fastdit.cli.bench_build, "random_subject", lambda problem, **how: stock(problem, changes=SMALL, **how)
+        fastdit.bench.suites, "random_subject", lambda problem, **how: stock(problem, changes=SMALL, **how)
     )
-    monkeypatch.setattr(fastdit.cli.bench_build, "find_problems", lambda names: [PROBLEM] if list(names) else [])
+    monkeypatch.setattr(fastdit.bench.suites, "find_problems", lambda names: [PROBLEM] if list(names) else [])
     place = ("--problems", "tiny", "--repeats", "1", "-o", tmp_path / "rows.jsonl")
     refused = run("bench", "e2e", "--settings", "draft", *place)
     assert refused.exit_code == 2 and "draft runs at a density, and none is given" in refused.stderr

@@ -8,7 +8,7 @@ import torch
 import fastdit
 from fastdit import Schedule
 from fastdit.attention import MethodState, list_methods, method_class
-from fastdit.attention.table import Table
+from fastdit.attention.per_head.table import Table
 from fastdit.pipelines.runtime import Layer
 
 EVERY_SECOND = Schedule(warmup_steps=1, refresh_steps=2)

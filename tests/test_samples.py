@@ -9,8 +9,9 @@ import torch
 from test_methods import small
 
 from fastdit.attention import MethodState, list_methods, method_class
-from fastdit.attention.table import Table
-from fastdit.layout import ORDERS, TokenLayout, token_order
+from fastdit.attention.per_head.table import Table
+from fastdit.layout import TokenLayout
+from fastdit.token_orders import ORDERS, token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 GRID = VideoGrid(3, 5, 8)

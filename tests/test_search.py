@@ -13,17 +13,16 @@ from test_decide import cost_of
 import fastdit
 from fastdit import Schedule
 from fastdit.attention import get_method
-from fastdit.attention.draft import Draft
-from fastdit.pipelines.wan import Wan
-from fastdit.search import task
+from fastdit.attention.methods.draft import Draft
+from fastdit.pipelines.families.wan import Wan
+from fastdit.plans.plan import Plan
+from fastdit.search import stages as task
 from fastdit.search.candidates import make_candidates
+from fastdit.search.capture import LiveSamples
 from fastdit.search.cost import ROUNDS, TOO_SLOW
 from fastdit.search.fingerprint import fingerprint, plain
-from fastdit.search.live import LiveSamples
-from fastdit.search.plan import Plan
-from fastdit.search.prompts import CALIBRATION_PROMPTS, calibration_prompts
-from fastdit.search.run import search
 from fastdit.search.sampling import SampledSteps, Sampling
+from fastdit.search.search import CALIBRATION_PROMPTS, calibration_prompts, search
 from fastdit.search.solver import ImpossibleBudget
 
 CANDIDATES = make_candidates(

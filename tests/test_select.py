@@ -22,7 +22,8 @@ from fastdit.attention.select import (
     sampled_scores,
     top_count,
 )
-from fastdit.layout import TokenLayout, token_order
+from fastdit.layout import TokenLayout
+from fastdit.token_orders import token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 SPECS = [

@@ -14,9 +14,10 @@ import torch
 from test_methods import qkv, small
 
 from fastdit.attention import MethodState, PatternCache, get_method, list_methods
-from fastdit.attention.launches import SharedPatterns
-from fastdit.attention.ordered import OrderedMethod, pattern_of
-from fastdit.attention.table import Table
+from fastdit.attention.ordered import OrderedMethod
+from fastdit.attention.pattern import pattern_of
+from fastdit.attention.per_head.head_groups import SharedPatterns
+from fastdit.attention.per_head.table import Table
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 THREADS = 4

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdit.attention import MethodState, get_method, linear
-from fastdit.attention.linear import linear_attention
-from fastdit.layout import token_order
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.methods.sla import linear
+from fastdit.attention.methods.sla.linear import linear_attention
+from fastdit.token_orders import token_order
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 VARIANTS = ("paper", "sla1", "full", "sla2")
@@ -224,7 +225,7 @@ def test_gradients_in_double_precision(variant, features):
     weights = learned(method)
     q, k, v, call = inputs(TokenSpec(VideoGrid(2, 4, 7), 3), (1,), batch=1)
     state = MethodState(weights=weights)
-    state.resolve(method, q, k, call)
+    method.resolve(q, k, call, state)
     state.refresh = False
     trained = [parameter for parameter in weights.parameters() if parameter.requires_grad]
     tensors = [x.requires_grad_() for x in (q, k, v)] + trained

@@ -11,9 +11,10 @@ import pytest
 import torch
 from sla_cases import BF16, CASES, FP16, FP32, JOINED, check_joined, check_linear
 
-from fastdit.attention import MethodState, get_method, linear, sla
-from fastdit.attention.kernels import triton_sla_config
-from fastdit.attention.linear import choose_linear, linear_attention
+from fastdit.attention import MethodState, get_method
+from fastdit.attention.kernels.triton.linear import tiles as triton_sla_config
+from fastdit.attention.methods.sla import linear, sla
+from fastdit.attention.methods.sla.linear import choose_linear, linear_attention
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 HERE = Path(__file__).parent

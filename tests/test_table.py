@@ -10,9 +10,11 @@ import pytest
 import test_methods
 import torch
 
-from fastdit.attention import AttentionMethod, BlockMethod, MethodState, Pattern, get_method, launches, list_methods
-from fastdit.attention.ordered import OrderedMethod, pattern_of
-from fastdit.attention.table import Table, method_label
+from fastdit.attention import AttentionMethod, BlockMethod, MethodState, Pattern, get_method, list_methods
+from fastdit.attention.ordered import OrderedMethod
+from fastdit.attention.pattern import pattern_of
+from fastdit.attention.per_head import head_groups as launches
+from fastdit.attention.per_head.table import Table, method_label
 from fastdit.schedule import step_bucket
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 

@@ -8,10 +8,10 @@ import torch
 from test_plan import masks
 
 from fastdit.attention import MethodState, get_method
-from fastdit.search import plots
-from fastdit.search.maps import head_map, head_maps
-from fastdit.search.plan import Plan, TransformerPlan
-from fastdit.search.views import bucket_names, chosen, head_choices, layers, shares, short_names
+from fastdit.plans import plots
+from fastdit.plans.contents import bucket_names, chosen, head_choices, layers, shares, short_names
+from fastdit.plans.head_maps import head_map, head_maps
+from fastdit.plans.plan import Plan, TransformerPlan
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
 METHODS = (

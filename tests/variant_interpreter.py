@@ -8,8 +8,8 @@ from kernel_cases import CASES, Case, check_against_reference
 
 from fastdit.attention.kernels import block_sparse_attention
 from fastdit.attention.kernels.options import Options
-from fastdit.attention.kernels.triton_config import Config, choose_config
-from fastdit.attention.kernels.triton_fwd import block_sparse_fwd, longest_first
+from fastdit.attention.kernels.triton.forward import block_sparse_fwd, longest_first
+from fastdit.attention.kernels.triton.tiles import Config, choose_config
 
 DESCRIPTORS = ("tma", "warps")
 

@@ -1,14 +1,12 @@
-"""Methods: which blocks of attention are computed. One file each."""
+"""Attention: what a method is, what it decides and remembers; the methods themselves are in ``methods``."""
 
 from importlib import import_module
 
-from .base import AttentionMethod, BlockMethod, Pattern, get_method, list_methods, method_class, register
+from .method import AttentionMethod, BlockMethod, get_method, list_methods, method_class, register
+from .pattern import Pattern
 from .state import MethodState, PatternCache
 
-METHODS = ("dense", "radial", "draft", "adaspa", "paro", "sla", "sparse_vdit", "profiled")
-
-for _name in METHODS:
-    import_module(f".{_name}", __name__)
+import_module(".methods", __name__)  # registers them
 
 __all__ = [
     "AttentionMethod",

@@ -80,7 +80,7 @@ def block_mass(
     """
     shapes = {"scale": scale, "block": block, "lengths_q": lengths_q, "lengths_k": lengths_k}
     if takes_triton(q, k) and 16 <= q.shape[3] <= 128 and block in (16, 32, 64, 128, 256):
-        from .kernels.triton_mass import triton_block_mass
+        from .kernels.triton.mass import triton_block_mass
 
         return triton_block_mass(q, k, lse, **shapes)
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -8,13 +8,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..layout import ORDERS, TokenLayout, order_without_gaps, token_order
-from ..mask import BlockMask
+from ..layout import TokenLayout, order_without_gaps
+from ..token_orders import ORDERS, token_order
 from ..tokens import AttentionCall, TokenSpec
-from .base import BlockMethod, Pattern
 from .fields import Allowed, BlockSize, Tile
-from .kernels.device import has_triton
-from .select import keep_text
+from .method import BlockMethod
 from .state import MethodState
 
 Order = Annotated[str, Allowed(f"one of {', '.join(ORDERS)}", ORDERS.__contains__)]
@@ -69,29 +67,3 @@ class OrderedMethod(BlockMethod):
     def _build(self, call: AttentionCall, device: torch.device) -> TokenLayout:
         order = self.video_order(call.tokens)
         return TokenLayout.build(call.tokens, block=self.block_size, order=order, device=device)
-
-
-def pattern_of(layout: TokenLayout, video_blocks: Tensor, *, max_count: int | None = None) -> Pattern:
-    """Make a pattern of the blocks that were chosen in the video; text attends to all and is attended to by all.
-
-    Args:
-        layout: The order, in blocks of the size of those chosen.
-        video_blocks: ``(M, M)`` or ``(B or 1, H or 1, M, M)`` bool, M the blocks of the layout that hold video.
-        max_count: An upper bound of the blocks in a row of ``video_blocks`` that does not keep all, where it is known;
-            at least 1.
-    """
-    lengths = layout.block_lengths[None]
-    text_blocks = layout.num_blocks - layout.video_blocks
-    if max_count is not None and has_triton(video_blocks.device):
-        from .kernels.triton_lists import triton_mask
-
-        return Pattern(layout, triton_mask(video_blocks, layout.block, lengths, max_count=max_count + text_blocks))
-    mask = BlockMask.from_dense(
-        keep_text(video_blocks, layout.num_blocks, layout.num_blocks),
-        block_q=layout.block,
-        block_k=layout.block,
-        lengths_q=lengths,
-        lengths_k=lengths,
-        max_count=None if max_count is None else max_count + text_blocks,
-    )
-    return Pattern(layout, mask)

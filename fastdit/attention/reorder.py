@@ -22,7 +22,7 @@ def lay_out(layout: TokenLayout, *tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if layout.identity or not takes_triton(*tensors):
         return tuple(layout.apply(x) for x in tensors)
-    from .kernels.triton_layout import triton_lay_out
+    from .kernels.triton.layout import triton_lay_out
 
     return triton_lay_out(layout.index, *tensors)
 
@@ -39,7 +39,7 @@ def put_back(layout: TokenLayout, x: Tensor) -> Tensor:
     """
     if layout.identity or not takes_triton(x):
         return layout.undo(x)
-    from .kernels.triton_layout import triton_lay_out
+    from .kernels.triton.layout import triton_lay_out
 
     return triton_lay_out(layout.inverse, x)[0]
 
@@ -58,7 +58,7 @@ def pool_laid_out(layout: TokenLayout, x: Tensor, *, parts: int = 1) -> Tensor:
     block = layout.block // parts
     lengths = layout.block_lengths if parts == 1 else layout.lengths(block)
     if takes_triton(x):
-        from .kernels.triton_means import triton_means_of_blocks
+        from .kernels.triton.means import triton_means_of_blocks
 
         means = triton_means_of_blocks(x, block, lengths, index=layout.index)
     else:

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,10 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..mask import BlockMask
 from ..tokens import AttentionCall, TokenSpec
-from .kernels import low_precision_reason
+from .kernels.dispatch import low_precision_reason
 
 if TYPE_CHECKING:
-    from .base import AttentionMethod, Pattern
+    from .pattern import Pattern
+
 
 Entry = TypeVar("Entry")
 
@@ -124,27 +124,6 @@ class MethodState:
     memory: dict[str, Any] = field(default_factory=dict)
     kept: Tensor | None = None
 
-    def resolve(self, method: AttentionMethod, q: Tensor, k: Tensor, call: AttentionCall) -> Pattern:
-        """Return the pattern of a call: the cached static one, the one of an earlier step, or a new one.
-
-        Args:
-            method: Whose pattern.
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-        """
-        if method.static:
-            key = (method, call.tokens, q.device)
-            build = partial(self.measure, "choice", q.device, lambda: method.pattern(q, k, call, self))
-            return self.cache.static(key, build)
-        known = self.tokens == call.tokens and self.batch in (None, len(q))
-        if self.refresh or self.pattern is None or not known or not _fits(self.pattern, q):
-            with torch.no_grad():
-                pattern = self.measure("choice", q.device, lambda: method.pattern(q, k, call, self))
-            self.pattern, self.tokens, self.batch = pattern, call.tokens, len(q)
-            return pattern
-        return self.pattern
-
     def mask(self, pattern: Pattern, call: AttentionCall) -> BlockMask:
         """Return the mask a kernel shall run for a call, padded keys taken out.
 
@@ -188,9 +167,3 @@ class MethodState:
         """Forget the run: pattern and memory."""
         self.pattern = None
         self.memory.clear()
-
-
-def _fits(pattern: Pattern, q: Tensor) -> bool:
-    batch, heads = q.shape[:2]
-    shape = pattern.mask.indices.shape
-    return shape[0] in (1, batch) and shape[1] in (1, heads) and pattern.mask.device == q.device

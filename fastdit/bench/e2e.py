@@ -10,11 +10,11 @@ from typing import Any
 
 from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
 from ..schedule import Schedule
+from .inputs.settings import Setting, settings_by_part
+from .inputs.synthetic import Sample
 from .jobs import Job, Outcome
-from .measure import Times, peak_memory, reset_peak
-from .rows import Row
-from .settings import Setting, settings_by_part
-from .synthetic import Sample
+from .measuring.measure import Times, peak_memory, reset_peak
+from .report.result_store import Row
 
 DENSE = "dense"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rows import Row, Store, key, latest
+from .report.result_store import Row, Store, key, latest
 
 
 @dataclass

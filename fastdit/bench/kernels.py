@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..mask import BlockMask
-from .contenders import Broken, Contender, Run, Unavailable, prepare
+from .inputs.problems import Problem
 from .jobs import Job, Outcome
-from .measure import extra_memory, interleaved
-from .problems import Problem
-from .verify import fault
+from .measuring.contenders import Broken, Contender, Run, Unavailable, prepare
+from .measuring.measure import extra_memory, interleaved
+from .measuring.verify import fault
 
 
 def kernel_jobs(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionMethod, MethodState
-from ..pipelines.presets import Preset
+from ..defaults import Preset
 from ..search.scoring import head_density, known_pattern, sampled_recall
+from .inputs.settings import Setting, demo_preset
+from .inputs.synthetic import Sample
 from .jobs import Job, Outcome
-from .rows import Row
-from .settings import Setting, demo_preset
-from .synthetic import Sample
+from .report.result_store import Row
 
 Samples = Callable[[], Sequence[Sample]]
 """Makes calls when they are first needed; all of one source."""

@@ -14,12 +14,12 @@ import numpy as np
 from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
 from ..files import distinct_names, moved_when_complete
 from ..schedule import Schedule
-from .capture import capture, middle_layer, some_layers
-from .clips import compare_clips, strip
+from .inputs.capture import capture, middle_layer, some_layers
+from .inputs.settings import Setting, settings_by_part
+from .inputs.synthetic import Sample
 from .jobs import Job, Outcome
-from .rows import Row
-from .settings import Setting, settings_by_part
-from .synthetic import Sample
+from .measuring.clips import compare_clips, strip
+from .report.result_store import Row
 
 DENSE, BESIDE = "dense", "side-by-side"
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..api import SparseAttention
-from ..pipelines.presets import Preset
+from ..defaults import Preset
 from ..schedule import Schedule
-from .capture import capture, middle_layer
 from .e2e import Subject, Timing
-from .problems import Problem
-from .settings import demo_preset, preset_of
-from .synthetic import Sample
+from .inputs.capture import capture, middle_layer
+from .inputs.problems import Problem
+from .inputs.settings import demo_preset, preset_of
+from .inputs.synthetic import Sample
 
 _WAN = {
     "attention_head_dim": 128,

@@ -13,7 +13,7 @@ import typer
 from .. import __version__
 from .bench import bench
 from .compare import compare
-from .errors import INTERRUPTED, fail
+from .console import INTERRUPTED, fail
 from .generate import generate
 from .info import info
 from .inspect import inspect

@@ -6,7 +6,7 @@ import os
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 
-from .errors import InputError
+from ..generation.errors import InputError
 
 Named = tuple[str, Path | None]
 """What a file is, or which option names it, and the file; ``None`` where there is none."""

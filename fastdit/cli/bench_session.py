@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import FAILED, InputError, fail
-from .prompts import Team
-from .screen import Screen, add_row, plain_table
-from .video import check_target
+from ..generation.errors import InputError
+from ..generation.processes import Team
+from ..generation.video import check_target
+from .console import FAILED, Screen, add_row, fail, plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..bench.jobs import Job
-    from ..bench.rows import Row
+    from ..bench.report.result_store import Row
 
 Build = Callable[["Session"], "list[Job]"]
 
@@ -63,8 +63,8 @@ class Session:
                 cannot be read or is empty.
             Exit: A result was wrong, with code 1.
         """
-        from ..bench.rows import Store, environment, other_run
-        from .models import choose_dtype
+        from ..bench.report.result_store import Store, environment, other_run
+        from ..generation.loading import choose_dtype
 
         check_target(self.output, None)
         if self.output.exists() and not self.resume and not self.dry_run:
@@ -108,7 +108,7 @@ class Session:
     def _quiet(self) -> Any:
         import contextlib
 
-        from .models import quiet_libraries
+        from ..generation.loading import quiet_libraries
 
         return contextlib.nullcontext() if self.debug else quiet_libraries()
 
@@ -131,7 +131,7 @@ class Session:
         return faults
 
     def _show(self, rows: list[Row], old: list[Row] | None) -> None:
-        from ..bench.columns import changes, compared
+        from ..bench.report.columns import changes, compared
 
         value: dict[str, Any] = {"rows": rows}
         tables = result_tables(rows)
@@ -151,7 +151,7 @@ def read(path: Path) -> list[Row]:
     Raises:
         InputError: It cannot be read, or holds something else.
     """
-    from ..bench.rows import read_rows
+    from ..bench.report.result_store import read_rows
 
     try:
         return read_rows(path)
@@ -189,8 +189,8 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     Args:
         rows: The rows.
     """
-    from ..bench.page import tables as parts_of
-    from ..bench.rows import absent
+    from ..bench.report.page import tables as parts_of
+    from ..bench.report.result_store import absent
 
     tables = []
     for part in parts_of(rows):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import InputError, guarded
-from .screen import Screen, add_row, number, plain_table
+from ..generation.errors import InputError
+from .console import Screen, add_row, guarded, number, plain_table
 
 if TYPE_CHECKING:
-    from .video import VideoFile
+    from ..generation.video import VideoFile
 
 
 @guarded
@@ -24,7 +24,7 @@ def compare(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
 ) -> None:
     """Measure how close two videos are: PSNR and SSIM, over all frames and of the worst frame."""
-    from .video import VideoFile, check_ffmpeg
+    from ..generation.video import VideoFile, check_ffmpeg
 
     check_ffmpeg(writes=False)
     first, second = VideoFile.open(a), VideoFile.open(b)
@@ -50,7 +50,7 @@ def _measure(first: VideoFile, second: VideoFile, screen: Screen) -> dict[str, A
     import torch
 
     from .. import metrics
-    from .results import decibels, mean_decibels
+    from ..generation.report import decibels, mean_decibels
 
     psnr: list[float] = []
     ssim: list[float] = []

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from ..files import moved_when_complete
+from ..generation.jobs import plan_jobs, read_prompts
+from ..generation.processes import Team
+from ..generation.report import COVERS, ratio
 from . import options
 from .apart import check_apart, plan_files
-from .errors import guarded
+from .console import Screen, add_row, guarded, json_text, number, plain_table
 from .options import ATTENTION, MACHINE, OUTPUT, VIDEO
-from .prompts import Team, plan_jobs, read_prompts
-from .screen import Screen, json_text
 
 
 @guarded
@@ -115,16 +117,16 @@ def generate(
     Without --model the demo model that comes with fastdit is used: it needs no download and no GPU.
     Under accelerate launch the prompts are divided among the processes.
     """
-    from . import video
+    from ..generation import video
 
     jobs = plan_jobs(read_prompts(prompt, prompts), output, single=prompt is not None, compare=compare)
     if report is not None:
         video.check_target(report, None)
     video.check_ffmpeg()
 
-    from . import models
+    from ..generation import loading as models
+    from ..generation.sources import find_model
     from .settings import read_settings
-    from .sources import find_model
 
     settings = read_settings(
         method=method,
@@ -150,7 +152,8 @@ def generate(
         [("--prompts", prompts), *plan_files(plan), *settings.files(), *(("--model", file) for file in source.files())],
     )
 
-    from . import making, results
+    from ..generation import studio as making
+    from ..generation.report import summarize
 
     given = {
         "height": height,
@@ -183,9 +186,58 @@ def generate(
             "offload": offload,
             "compile": compiled,
         }
-        value = results.summarize(clips, about)
+        value = summarize(clips, about)
         if report is not None:
             with moved_when_complete(report) as part:
                 part.write_text(json_text(value) + "\n", encoding="utf-8")
-        screen.result(value, *results.tables(value))
+        screen.result(value, *tables(value))
     team.close()
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Show a report as tables: what was measured in all, and for each video if there are several.
+
+    Args:
+        report: As ``summarize`` returns it.
+    """
+    compared = report["dense_seconds"] is not None
+    columns = ("dense", "sparse", "speed-up") if compared else ("",)
+    table = plain_table(f"{report['plan'] or report['method']} on {report['model']}", "", *columns)
+
+    def row(name: str, sparse: str, dense: str = "", gain: str = "") -> None:
+        add_row(table, name, *((dense, sparse, gain) if compared else (sparse,)))
+
+    def times(name: str, key: str, speedup: str) -> None:
+        sparse, dense = number(report[key], "{:.2f} s"), number(report[f"dense_{key}"], "{:.2f} s")
+        row(name, sparse, dense, number(report[speedup], "{:.2f}x"))
+
+    count, steps = len(report["sparse_steps"]), report["steps"]
+    density, of_calls = report["density"], report["sparse_call_density"]
+    if density is not None and of_calls is not None and abs(density - of_calls) > 0.0005:
+        row("density, sparse layers", number(of_calls, "{:.3f}"), "1")
+    row(f"density, sparse steps ({count})", number(density, "{:.3f}"), "1")
+    row(f"density, all steps ({steps})", number(report["overall_density"], "{:.3f}"), "1")
+    times(f"time, sparse steps ({count})", "sparse_steps_seconds", "speedup_sparse_steps")
+    times("time, attention", "attention_seconds", "speedup_attention")
+    times("time, end to end", "seconds", "speedup")
+    if compared:
+        row("PSNR to dense", number(report["psnr"], "{:.1f} dB"))
+        row("SSIM to dense", number(report["ssim"], "{:.3f}"))
+    table.caption = f"times cover {COVERS}"
+    table.caption_justify = "left"
+    return [table] if len(report["clips"]) == 1 else [table, _clip_table(report["clips"])]
+
+
+def _clip_table(clips: list[dict[str, Any]]) -> Table:
+    table = plain_table(f"{len(clips)} videos", "file", "density", "seconds", "speed-up", "PSNR", "SSIM")
+    for clip in clips:
+        add_row(
+            table,
+            Path(clip["file"]).name,
+            number(clip["density"], "{:.3f}"),
+            number(clip["seconds"]),
+            number(ratio(clip["dense_seconds"], clip["seconds"]), "{:.2f}x"),
+            number(clip["psnr"], "{:.1f}"),
+            number(clip["ssim"], "{:.3f}"),
+        )
+    return table

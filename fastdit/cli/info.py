@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .errors import InputError, guarded
-from .screen import NOT_MEASURED, Screen, add_row, plain_table
+from ..generation.errors import InputError
+from .console import NOT_MEASURED, Screen, add_row, guarded, plain_table
 
 
 @guarded
@@ -29,8 +29,8 @@ def info(
 def _collect() -> dict[str, Any]:
     import fastdit
 
-    from ..attention.kernels import explain_kernels
-    from .results import versions
+    from ..attention.kernels.dispatch import explain_kernels
+    from ..generation.report import versions
 
     return {
         "versions": versions(),
@@ -61,7 +61,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _ffmpeg() -> str | None:
-    from .video import check_ffmpeg
+    from ..generation.video import check_ffmpeg
 
     try:
         return check_ffmpeg()

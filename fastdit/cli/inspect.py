@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..generation.errors import InputError, as_input_error
 from . import options
-from .errors import InputError, as_input_error, guarded
-from .screen import Screen, add_row, number, plain_table
+from .console import Screen, add_row, guarded, number, plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..search.plan import Plan
+    from ..plans.plan import Plan
+
+
+EXACT, PERCENT = "{:.3f}", "{:.1%}"
 
 
 @guarded
@@ -53,8 +57,7 @@ def inspect(
         _check_pictures(output, plan)
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.working():
-        from ..search.plan import Plan
-        from .plans import about, about_table, expected_table, methods_table
+        from ..plans.plan import Plan
 
         with as_input_error():
             found = Plan.load(plan)
@@ -76,9 +79,9 @@ def inspect(
 
 
 def _check_pictures(folder: Path, plan: Path) -> None:
-    from ..search.plots import check_matplotlib
+    from ..generation.video import check_folder
+    from ..plans.plots import check_matplotlib
     from .apart import check_apart
-    from .video import check_folder
 
     try:
         check_matplotlib()
@@ -112,13 +115,13 @@ def _check_head(plan: Plan, title: str, layer: int, head: int) -> None:
 
 
 def _layers(plan: Plan, title: str) -> list[dict[str, Any]]:
-    from ..search.views import layers
+    from ..plans.contents import layers
 
     return layers(plan, title)
 
 
 def _head(plan: Plan, title: str, layer: int, head: int) -> dict[str, Any]:
-    from ..search.views import head_choices
+    from ..plans.contents import head_choices
 
     return {"transformer": title, "layer": layer, "head": head, "buckets": head_choices(plan, title, layer, head)}
 
@@ -158,7 +161,7 @@ def _samples(row: dict[str, Any], sampled: tuple[str, ...]) -> list[str]:
 
 
 def _draw_plan(plan: Plan, titles: list[str]) -> Iterator[tuple[str, Figure]]:
-    from ..search import plots
+    from ..plans import plots
 
     for title in titles:
         prefix = f"{title}-" if len(plan.transformers) > 1 else ""
@@ -172,7 +175,7 @@ def _draw_plan(plan: Plan, titles: list[str]) -> Iterator[tuple[str, Figure]]:
 
 
 def _draw_head(plan: Plan, title: str, layer: int, head: int) -> Iterator[tuple[str, Figure | None]]:
-    from ..search import plots
+    from ..plans import plots
 
     prefix = f"{title}-" if len(plan.transformers) > 1 else ""
     yield f"{prefix}layer-{layer}-head-{head}", plots.draw_head(plan, title, layer, head)
@@ -180,7 +183,7 @@ def _draw_head(plan: Plan, title: str, layer: int, head: int) -> Iterator[tuple[
 
 def _save(pictures: Iterator[tuple[str, Figure | None]], folder: Path, screen: Screen) -> Iterator[Path]:
     from ..files import moved_when_complete
-    from ..search.plots import save
+    from ..plans.plots import save
 
     for name, figure in pictures:
         if figure is None:
@@ -192,3 +195,88 @@ def _save(pictures: Iterator[tuple[str, Figure | None]], folder: Path, screen: S
             save(figure, part)
         screen.note(f"wrote {path}")
         yield path
+
+
+def about(plan: Plan) -> dict[str, Any]:
+    """Return what a plan is for, what is expected of it, and what it chooses how often.
+
+    Args:
+        plan: The plan.
+    """
+    from ..plans.contents import bucket_names, chosen
+
+    return {
+        "density": plan.density,
+        "speedup_attention": plan.speedup,
+        "error": plan.error,
+        "transformers": {
+            title: {"model_class": found.model_class, "layers": found.layers, "heads": found.heads}
+            for title, found in plan.transformers.items()
+        },
+        "grid": list(plan.tokens.grid.shape),
+        "text_tokens": plan.tokens.text_tokens,
+        "steps": plan.steps,
+        "scheduler": plan.scheduler,
+        "guidance": plan.guidance,
+        "schedule": asdict(plan.schedule),
+        "buckets": bucket_names(plan.buckets),
+        "precision": plan.precision,
+        "prompts": list(plan.prompts),
+        "device": plan.cost_model.get("device"),
+        "fastdit": plan.fastdit,
+        "methods": chosen(plan),
+    }
+
+
+def about_table(value: dict[str, Any], name: str) -> Table:
+    """Show what a plan is for.
+
+    Args:
+        value: What ``about`` returned.
+        name: Above the table.
+    """
+    table = plain_table(name, "", "", numbers=False)
+    table.show_header = False
+    for title, model in value["transformers"].items():
+        add_row(table, title, f"{model['model_class']}, {model['layers']} layers of {model['heads']} heads")
+    text = f" and {value['text_tokens']} of text" if value["text_tokens"] else ""
+    add_row(table, "tokens", f"{' x '.join(map(str, value['grid']))} (frames x height x width){text}")
+    guidance = "" if value["guidance"] is None else f", guidance {value['guidance']:g}"
+    add_row(table, "run", f"{value['steps']} steps of {value['scheduler']}{guidance}")
+    for field, kept in value["schedule"].items():
+        if kept and (field, kept) != ("refresh_steps", 1):
+            listed = ", ".join(map(str, kept)) if isinstance(kept, list | tuple) else str(kept)
+            add_row(table, field.replace("_", " "), listed)
+    if value["precision"] is not None:
+        add_row(table, "precision", value["precision"])
+    add_row(table, "searched with", f"{len(value['prompts'])} prompts, times of {value['device'] or 'no device'}")
+    return table
+
+
+def expected_table(value: dict[str, Any], name: str) -> Table:
+    """Show what is expected of a plan.
+
+    Args:
+        value: What ``about`` returned.
+        name: Above the table.
+    """
+    table = plain_table(name, "expected", "")
+    add_row(table, "density of sparse calls", number(value["density"], EXACT))
+    add_row(table, "attention of the whole run, dense over sparse time", number(value["speedup_attention"], "{:.2f}x"))
+    add_row(table, "relative error of a layer's output, root mean square", number(value["error"], PERCENT))
+    return table
+
+
+def methods_table(value: dict[str, Any]) -> Table:
+    """Show what a plan chooses how often.
+
+    Args:
+        value: What ``about`` returned.
+    """
+    table = plain_table("methods", "method", "heads", "density", "error")
+    for found in value["methods"]:
+        density, error = number(found["density"], EXACT), number(found["error"], PERCENT)
+        add_row(table, f"{found['index']}: {found['name']}", number(found["share"], PERCENT), density, error)
+    table.caption = "errors of single heads, relative to the layer's output"
+    table.caption_justify = "left"
+    return table

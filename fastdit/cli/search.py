@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..generation.errors import InputError, as_input_error
 from . import options
-from .errors import InputError, as_input_error, guarded
+from .console import Bar, Screen, guarded
 from .options import ATTENTION, OUTPUT, VIDEO
-from .screen import Bar, Screen
 
 if TYPE_CHECKING:
     from ..search.sampling import Sampling
+
 
 LIMIT = "Limit: one of"
 LIMITS = ("budget", "target_speedup", "max_error")
@@ -161,9 +162,9 @@ def search(
     A video of each prompt is made with dense attention, and at some steps all candidates are scored beside it.
     Interrupted, the same command goes on from the scores taken so far; with another limit it takes no new ones.
     """
+    from ..generation.jobs import read_prompts
+    from ..generation.video import check_folder, check_target
     from .apart import check_apart, plan_files
-    from .prompts import read_prompts
-    from .video import check_folder, check_target
 
     texts = None if prompts is None else read_prompts(None, prompts)
     check_target(output, (".json",))
@@ -174,12 +175,12 @@ def search(
     if folder is not None:
         check_folder(folder, new=True, option="--folder")
 
+    from ..generation import loading as models
+    from ..generation.sources import DEMO, find_model
+    from ..plans.stored_methods import masks_name
     from ..search.cost import CostModel
-    from ..search.run import PROMPTS, check_seed
-    from ..search.stored_methods import masks_name
-    from . import models
+    from ..search.search import PROMPTS, check_seed
     from .settings import check_kernel, read_schedule
-    from .sources import DEMO, find_model
 
     with as_input_error():
         if preset == "paro":  # masks go beside the plan
@@ -201,10 +202,10 @@ def search(
     with as_input_error():
         check_seed(seed, PROMPTS if texts is None else len(texts))
 
-    from .making import call_arguments
-    from .plans import about, expected_table, methods_table
-    from .results import versions
-    from .sizes import check_sizes
+    from ..generation.report import versions
+    from ..generation.sizes import check_sizes
+    from ..generation.studio import call_arguments
+    from .inspect import about, expected_table, methods_table
 
     given = {
         "height": height,
@@ -223,7 +224,7 @@ def search(
         check_sizes(pipeline, arguments)
         start = time.perf_counter()
         with as_input_error(), _kept(folder, screen), _Stages(screen) as progress:
-            from ..search.run import search as find
+            from ..search.search import search as find
 
             plan = find(
                 pipeline,
@@ -260,9 +261,9 @@ def _check_request(
     wanted: dict[str, Any], candidates: str | None, preset: str | None, **others: Any
 ) -> list[str] | None:
     """Check what can be checked without a model, and return the candidates that are named."""
-    from ..search.candidates import make_candidates
-    from ..search.decide import Target
-    from ..search.run import check_preset
+    from ..search.allocation import Target
+    from ..search.candidates import make_candidates, split_candidates
+    from ..search.search import check_preset
 
     if candidates is not None and preset is not None:
         raise InputError(f"the preset {preset} has candidates of its own: leave out --preset or --candidates")
@@ -273,22 +274,6 @@ def _check_request(
         if wanted["end_to_end"] or _limited(wanted):
             Target(wanted["budget"], wanted["target_speedup"], wanted["max_error"], wanted["end_to_end"])
     return listed
-
-
-def split_candidates(text: str) -> list[str]:
-    """Split a list of methods at the commas that are not within brackets.
-
-    Args:
-        text: Such as ``"radial, draft(density=0.1, tile=(1, 8, 8))"``.
-    """
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
 
 
 def _limited(wanted: dict[str, Any]) -> bool:
@@ -303,7 +288,7 @@ def _sampling(
     buckets: int | None,
     samples: int | None,
 ) -> Sampling:
-    from ..search.run import default_sampling
+    from ..search.search import default_sampling
 
     own = {name: value for name, value in (("buckets", buckets), ("per_bucket", samples)) if value is not None}
     default = default_sampling(pipeline, preset, limited=_limited(wanted))

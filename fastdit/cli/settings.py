@@ -3,63 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, as_input_error
+from ..generation.errors import InputError, as_input_error
+from ..generation.request import Settings
 
 if TYPE_CHECKING:
-    from ..api import SparseAttention
-    from ..search.plan import Plan
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hold the arguments of ``enable_sparse_attention``.
-
-    Args:
-        method: Name of a method, or a plan; ``None`` takes the best known method for the model.
-        fields: Fields of the method.
-        schedule: Fields of ``Schedule`` that differ from the plan's or the model's own.
-        kernel: Name of a kernel; ``None`` chooses.
-        precision: Low precision of products; ``None`` for that of the model.
-    """
-
-    method: str | Plan | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
-    schedule: dict[str, Any] = field(default_factory=dict)
-    kernel: str | None = None
-    precision: str | None = None
-
-    def files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the files that fields of the method name, and the option that said so."""
-        for name, value in self.fields.items():
-            if isinstance(value, str) and os.path.exists(value):
-                yield f"--set {name}", Path(value)
-
-    def enable(self, pipeline: Any) -> SparseAttention:
-        """Make the self-attention of a pipeline sparse.
-
-        Args:
-            pipeline: The pipeline.
-
-        Raises:
-            InputError: The model is not supported, or a value does not suit it.
-        """
-        import fastdit
-
-        how = {"kernel": self.kernel, "precision": self.precision}
-        with as_input_error():
-            handle = fastdit.enable_sparse_attention(pipeline, self.method, **how, **self.fields)
-            if not self.schedule:
-                return handle
-            schedule = replace(handle.schedule, **self.schedule)
-            return fastdit.enable_sparse_attention(pipeline, self.method, schedule=schedule, **how, **self.fields)
+    from ..plans.plan import Plan
 
 
 def read_settings(
@@ -87,7 +41,7 @@ def read_settings(
         InputError: Something is unknown, malformed or out of range.
     """
     from ..attention import get_method, method_class
-    from ..attention.base import check_density
+    from ..attention.method import check_density
 
     values: dict[str, Any] = {}
     if plan is not None and (method is not None or density is not None or assignments):
@@ -122,7 +76,7 @@ def check_kernel(kernel: str | None) -> None:
     Raises:
         InputError: It is unknown, or cannot.
     """
-    from ..attention.kernels import explain_kernels
+    from ..attention.kernels.dispatch import explain_kernels
 
     if kernel is None:
         return
@@ -194,7 +148,7 @@ def read_value(name: str, text: str, kind: Any) -> Any:
 
 
 def _read_plan(path: Path) -> Plan:
-    from ..search.plan import Plan
+    from ..plans.plan import Plan
 
     with as_input_error():
         return Plan.load(path)

@@ -70,7 +70,7 @@ def load_pipeline(dtype: torch.dtype | None = None, device: str = "cpu") -> WanP
     if not index.is_file():
         raise DemoWeightsError(
             f"the demo's weights are not there: no file {index}; reinstall fastdit, "
-            "or train them with `python -m fastdit.demo.train`"
+            "or train them with `python -m tools.train_demo.train`"
         )
     _check_weights()
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdit.demo.captions import BACKGROUND_COLORS, OBJECT_COLORS, SHAPES, Attributes
+from .captions import BACKGROUND_COLORS, OBJECT_COLORS, SHAPES, Attributes
 
 VIVID = 0.62
 FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}

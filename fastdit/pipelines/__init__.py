@@ -2,11 +2,8 @@
 
 from importlib import import_module
 
-from .base import ModelFamily, find_family, list_families, register_family
+from .families.family import ModelFamily, find_family, list_families, register_family
 
-FAMILIES = ("wan", "cogvideox", "hunyuan_video", "mochi", "ltx")
-
-for _name in FAMILIES:
-    import_module(f".{_name}", __name__)
+import_module(".families", __name__)  # registers them
 
 __all__ = ["ModelFamily", "find_family", "list_families", "register_family"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..attention import MethodState
 from ..tokens import TokenSpec, VideoGrid
-from .context import Position
 from .padding import PaddingReader
+from .run_tracker import Position
 
 
 @dataclass

@@ -18,9 +18,9 @@ from torch.nn import Module
 from ..attention import AttentionMethod, MethodState, PatternCache
 from ..schedule import Schedule
 from ..tokens import AttentionCall, TokenSpec, VideoGrid
-from .base import ModelFamily
-from .context import Position, Run, RunTracker
+from .families.family import ModelFamily
 from .forward import Forward, Memory, Recall
+from .run_tracker import Position, Run, RunTracker
 from .stats import LayerStats
 from .strangers import replaced
 from .weights import Weights

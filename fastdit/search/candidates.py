@@ -158,3 +158,19 @@ def _value(node: ast.expr) -> Any:
 
 def _distinct(methods: list[AttentionMethod]) -> list[AttentionMethod]:
     return list(dict.fromkeys(methods))
+
+
+def split_candidates(text: str) -> list[str]:
+    """Split a list of methods at the commas that are not within brackets.
+
+    Args:
+        text: Such as ``"radial, draft(density=0.1, tile=(1, 8, 8))"``.
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..attention import AttentionMethod, MethodState, PatternCache
-from ..attention.dense import Dense
+from ..attention.methods.dense import Dense
 from ..pipelines.stats import Stopwatch
 from ..tokens import AttentionCall
 from .candidates import describe

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .plan import config_hash
+from ..plans.plan import config_hash
 
 _LOOK = 8
 

@@ -181,7 +181,7 @@ def known_pattern(method: AttentionMethod, q: Tensor, k: Tensor, call: Attention
         state: The state that it ran with.
     """
     if method.static:
-        return state.resolve(method, q, k, call) if type(method).forward is BlockMethod.forward else None
+        return method.resolve(q, k, call, state) if type(method).forward is BlockMethod.forward else None
     return state.pattern
 
 

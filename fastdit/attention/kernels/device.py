@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -29,9 +31,7 @@ def has_triton(device: torch.device) -> bool:
     Args:
         device: The device.
     """
-    from . import triton_attention
-
-    if device.type != "cuda" or triton_attention.available() is not None:
+    if device.type != "cuda" or available() is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -43,3 +43,24 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
         device: Where the tensors are; the CPU for Triton's interpreter.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def available() -> str | None:
+    """Return why this kernel cannot run on this machine, or ``None``."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if _interpreted():
+        return None
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs, and this build of torch is for AMD"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -38,33 +38,10 @@ def means_of_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
         ``(B, H, N, D)`` fp32, or fp64 for fp64; 0 for a block without tokens.
     """
     if takes_triton(x):
-        from .triton_means import triton_means_of_blocks
+        from .triton.means import triton_means_of_blocks
 
         return triton_means_of_blocks(x, block, lengths)
     x = pad(x, (0, 0, 0, lengths.shape[-1] * block - x.shape[2])).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= lengths[..., None]
     sums = torch.where(padding[..., None], 0, x).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
     return sums / lengths.clamp(min=1).to(sums)[..., None]
-
-
-def dropped_blocks(mask: BlockMask) -> Tensor:
-    """Mark the key blocks that stand in, worked out once per mask: ``(B or 1, H or 1, Nq, Nk)`` bool.
-
-    True where a query block does not list a key block that holds real keys.
-
-    Args:
-        mask: The blocks.
-    """
-    if "dropped" not in mask.derived:
-        mask.derived["dropped"] = ~mask.to_dense() & (mask.lengths_k > 0)[:, :, None]
-    return mask.derived["dropped"]
-
-
-def log_sizes(mask: BlockMask, dtype: torch.dtype) -> Tensor:
-    """Return what is added to the logits of the means: ``(B or 1, H or 1, Nk)``, the natural log of their real keys.
-
-    Args:
-        mask: The blocks.
-        dtype: fp32 or fp64.
-    """
-    return mask.lengths_k.clamp(min=1).to(dtype).log()

@@ -11,6 +11,9 @@ COMPENSATIONS = ("mean",)
 PRECISIONS = ("int8", "int8_fp8")
 VARIANTS = ("loads", "tma", "warps")
 
+INT8_MAX = 127
+E4M3_MAX = 448
+
 
 @dataclass(frozen=True, eq=False)
 class Options:

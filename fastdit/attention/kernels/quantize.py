@@ -31,9 +31,7 @@ from torch.nn.functional import pad
 
 from ...mask import BlockMask
 from .means import block_means
-
-INT8_MAX = 127
-E4M3_MAX = 448
+from .options import E4M3_MAX, INT8_MAX
 
 
 def smooth_keys(k: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:

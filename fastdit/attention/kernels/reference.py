@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...mask import BlockMask
-from .means import block_means, dropped_blocks, log_sizes
+from .means import block_means
 from .options import Options
 from .quantize import int8_products, quantize_channels, round_weights, smooth_keys
+from .stand_ins import dropped_blocks, log_sizes
 
 
 def available() -> str | None:

@@ -1,0 +1,1 @@
+"""A method for every head: plans as they run."""

@@ -1,0 +1,1 @@
+"""What benchmarks measure: problems, settings, and calls that are captured or made up."""

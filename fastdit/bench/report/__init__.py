@@ -1,0 +1,1 @@
+"""The results of benchmarks: kept, compared, ranked and shown."""

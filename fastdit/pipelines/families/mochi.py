@@ -1,0 +1,46 @@
+"""Mochi: text comes last; each sample is a call of its own, over the video and its real text only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.nn import Module
+
+from ...tokens import VideoGrid
+from .family import ModelFamily, attentions_of_blocks, patched, register_family
+
+
+@register_family
+class Mochi(ModelFamily):
+    """Read Mochi's latent, ``(B, C, F, H, W)``."""
+
+    name = "mochi"
+    transformers = ("MochiTransformer3DModel",)
+    text = "last"
+
+    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
+        """List ``attn1`` of every block.
+
+        Args:
+            transformer: The model.
+        """
+        return attentions_of_blocks(transformer, ("transformer_blocks",), "attn1")
+
+    def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
+        """Divide the latent by the patch size; patches are one frame deep.
+
+        Args:
+            transformer: The model.
+            arguments: The arguments of its forward, by name.
+        """
+        patch = transformer.config.patch_size
+        return patched(arguments["hidden_states"].shape[-3:], (1, patch, patch))
+
+    def calls(self, arguments: Mapping[str, Any]) -> int:
+        """Count the samples of the batch.
+
+        Args:
+            arguments: The arguments of the forward, by name.
+        """
+        return arguments["hidden_states"].shape[0]

@@ -1,0 +1,1 @@
+"""Plans: which method every step, layer and head runs, as a file; read, written, explained and drawn."""
