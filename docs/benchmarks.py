@@ -1,6 +1,6 @@
-"""Put measured tables into docs/benchmarks.md: ``python docs/benchmarks.py RESULTS...``.
+"""Results tables of docs/benchmarks.md: ``python docs/benchmarks.py RESULTS...``.
 
-The results are what ``fastdit bench all --quick -o benches/results/quick.jsonl`` writes.
+The results come from ``fastdit bench all --quick -o benches/results/quick.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ PAGE = Path(__file__).parent / "benchmarks.md"
 
 
 def main(paths: list[str]) -> None:
-    """Fill the tables.
+    """Write the tables into the page.
 
     Args:
-        paths: Files of rows.
+        paths: Results files.
     """
     rows = [row for path in paths for row in read_rows(Path(path))]
     text = fill(PAGE.read_text(encoding="utf-8"), "results", markdown(rows).strip())

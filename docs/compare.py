@@ -1,7 +1,7 @@
-"""Put measured comparisons into the pages of this folder: ``python docs/compare.py``.
+"""Comparison tables of the pages in this folder: ``python docs/compare.py``.
 
-The rows are those that ``fastdit bench quality`` writes to ``benches/results/``; older ones are of an
-earlier form, without a head that says which benchmark they are of.
+The rows come from ``fastdit bench quality`` and are in ``benches/results/``. Older rows have an earlier form, which
+does not name the benchmark.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fastdit.search.candidates import read_call
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benches" / "results"
 SAME = 0.01
-"""Densities that differ by no more are called equal."""
+"""Largest difference between densities that count as equal."""
 
 
 def read(name: str) -> list[dict]:
-    """Return the rows of a results file, all in one flat form."""
+    """Return the rows of a results file in one flat form."""
     rows = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
     return [flat(row) if "benchmark" in row else earlier(row) for row in rows if "absent" not in row]
 
 
 def earlier(row: dict) -> dict:
-    """Say a row of the earlier form in the flat one."""
+    """Convert a row of the earlier form to the flat one."""
     method, fields = read_call(row["setting"].partition("@")[0])
     return row | {
         "order": order_of(method, get_method(method, **fields).describe()),
@@ -37,7 +37,7 @@ def earlier(row: dict) -> dict:
 
 
 def flat(row: dict) -> dict:
-    """Say a row of ``fastdit bench quality`` in the flat form."""
+    """Convert a row of ``fastdit bench quality`` to the flat form."""
     setting = row["setting"]
     fields, schedule = setting["fields"], setting["schedule"] or {}
     return row | {
@@ -51,7 +51,7 @@ def flat(row: dict) -> dict:
 
 
 def order_of(method: str, fields: dict) -> str:
-    """Say in a few words which tokens a block holds, and how blocks are chosen where a method knows several ways."""
+    """Describe which tokens share a block, and how blocks are chosen if the method has several ways."""
     fixed = {"plan": "searched", "paro": "axes", "profiled": "per head"}
     order = fixed.get(method) or ("tile" if method == "draft" else fields.get("order", "raster"))
     words = [f"tile {'x'.join(map(str, fields['tile']))}" if order == "tile" else order]
@@ -62,7 +62,7 @@ def order_of(method: str, fields: dict) -> str:
 
 
 def average(rows: list[dict]) -> dict:
-    """Average rows of one setting over clips; PSNR is that of the mean squared error, as everywhere in fastdit."""
+    """Average the rows of one setting over clips; PSNR is that of the mean squared error."""
     numbers = ("density", "overall_density", "ssim", "accuracy")
     found = {name: mean(row[name] for row in rows) for name in numbers}
     psnr = mean_psnr(float(row["psnr"]) for row in rows)
@@ -70,7 +70,7 @@ def average(rows: list[dict]) -> dict:
 
 
 def settings(rows: list[dict]) -> list[dict]:
-    """Return one averaged row for each setting, in the order in which they came."""
+    """Return one averaged row per setting, in order of first appearance."""
     found = defaultdict(list)
     for row in rows:
         found[row["setting"]].append(row)
@@ -78,7 +78,7 @@ def settings(rows: list[dict]) -> list[dict]:
 
 
 def methods_table(name: str) -> str:
-    """Return a comparison at equal density."""
+    """Return the comparison of methods at equal density."""
     rows = settings(read(name))
     names = ("asked", "method", "order", "compensate", "density", "over all steps", "PSNR", "SSIM", "prompt", "clips")
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
@@ -91,7 +91,7 @@ def methods_table(name: str) -> str:
 
 
 def margins_table(name: str) -> str:
-    """Return how much nearer to dense each plan is than the best setting for all heads that computes no more."""
+    """Return the gain of each plan over the best single setting that computes no more."""
     rows = settings(read(name))
     lines = [
         "| density | plan | best single setting | plan nearer by | clip by clip | mean of the clips |",
@@ -110,7 +110,7 @@ def margins_table(name: str) -> str:
 
 
 def costs(name: str) -> str:
-    """Return what a search took, and how fast its plan expected attention to be and found it."""
+    """Return the time of a search, and the expected and measured speed-up of its plan."""
     found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     files = sorted(RESULTS.glob(f"{Path(name).stem}-run-*.json"))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
@@ -127,7 +127,7 @@ def costs(name: str) -> str:
 
 
 def reuse_table(name: str) -> str:
-    """Return what reusing masks costs."""
+    """Return the cost of reusing masks."""
     rows = sorted(settings(read(name)), key=lambda row: (row["method"], row["refresh"]))
     names = {1: "every step", 30: "never"}  # of 30 steps
     lines = ["| method | order | masks rebuilt | density | PSNR | SSIM | clips |", "|" + "---|" * 7]
@@ -139,7 +139,7 @@ def reuse_table(name: str) -> str:
 
 
 def fill(text: str, name: str, table: str) -> str:
-    """Put a table between its marks."""
+    """Return the text with a table between its marks."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     before, rest = text.split(start)
     return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
@@ -152,11 +152,11 @@ TABLES = (
     ("search.md", "margins", "demo-search.jsonl", margins_table),
     ("search.md", "costs", "search.json", costs),
 )
-"""Page, mark, file of results, and what makes the table."""
+"""Page, mark, results file and table function."""
 
 
 def main() -> None:
-    """Fill the tables of which there are results."""
+    """Write all tables whose results exist."""
     for page, mark, name, table in TABLES:
         if (RESULTS / name).exists():
             path = ROOT / "docs" / page

@@ -1,8 +1,8 @@
-"""Put a measured comparison into the README: ``python docs/results.py REPORT.json [MORE.json ...]``.
+"""Results table and picture of the README: ``python docs/results.py REPORT.json [MORE.json ...]``.
 
-A report is what ``fastdit generate PROMPT --compare --report REPORT.json`` writes; ``make results`` keeps that of
-``make demo`` in ``benches/results/demo.json``. The table is of the first report; more reports say how
-much its times vary. The picture is made anew where the videos of the first are still there.
+Reports come from ``fastdit generate PROMPT --compare --report REPORT.json``; ``make results`` stores that of
+``make demo`` in ``benches/results/demo.json``. The table shows the first report; further reports add the speed-ups of
+more runs. The picture is redrawn if the videos of the first report still exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
 def draw(clip: dict) -> None:
-    """Show frames of the dense clip above the same frames of the sparse one, if their files are there."""
+    """Draw frames of the dense clip above the same frames of the sparse one, if their files exist."""
     files = [Path(clip[name]) for name in ("dense_file", "file")]
     if all(file.exists() for file in files):
         dense, sparse = (iio.imread(file) / 255 for file in files)
@@ -32,7 +32,7 @@ def draw(clip: dict) -> None:
 
 
 def table(report: dict, clip: dict) -> str:
-    """Return the Markdown of what was measured."""
+    """Return a report as Markdown."""
     fields = ", ".join(f"`{name}={value}`" for name, value in report["method_fields"].items())
     if report["method"] == "plan":
         fields = "a searched plan, which `summary()` describes"
@@ -57,7 +57,7 @@ def table(report: dict, clip: dict) -> str:
 
 
 def sources(paths: Sequence[Path], reports: Sequence[dict]) -> str:
-    """Return what several runs say of the times, and where the numbers are, as far as they are kept in the checkout."""
+    """Return the speed-ups of several runs, and links to the reports that are in the checkout."""
     kept = [path.resolve().relative_to(ROOT) for path in paths if path.resolve().is_relative_to(ROOT / "benches")]
     links = ", ".join(f"[{path.name}]({path.as_posix()})" for path in kept)
     runs = ", ".join(f"{report['speedup']:.2f}x" for report in reports)
@@ -66,10 +66,10 @@ def sources(paths: Sequence[Path], reports: Sequence[dict]) -> str:
 
 
 def main(*names: str) -> None:
-    """Write the table and the strip.
+    """Write the table and the picture.
 
     Args:
-        names: The reports.
+        names: Report files.
     """
     paths = [Path(name) for name in names]
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
