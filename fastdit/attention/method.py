@@ -134,18 +134,6 @@ class BlockMethod(AttentionMethod):
     compensate: Literal["mean"] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention of the pattern.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: What this layer remembers.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
         pattern = self.resolve(q, k, call, state)
         pattern = replace(pattern, mask=state.mask(pattern, call))
         state.kept = pattern.mask.kept

@@ -57,11 +57,7 @@ class OrderedMethod(BlockMethod):
         return token_order(tokens.grid, self.order, self.tile)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
-        """Return the order, ``(n,)`` int64, if it leaves no gap between video and text, which starts on a block.
-
-        Args:
-            tokens: What the sequence is made up of, in raster order.
-        """
+        """Return the order, ``(n,)`` int64, if it leaves no gap between video and text, which starts on a block."""
         return order_without_gaps(tokens, self.video_order(tokens), block=self.block_size)
 
     def _build(self, call: AttentionCall, device: torch.device) -> TokenLayout:

@@ -30,15 +30,7 @@ def available() -> str | None:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-    """
+    """Return why this kernel cannot run for these arguments, or ``None``."""
     if not q.is_cuda:
         return f"it needs CUDA tensors, got {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -90,19 +82,7 @@ def shape_reason(
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks; compiled at the first call of a kind, which takes seconds.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries, last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        v: ``(B, H, Sk, D)`` values, likewise.
-        mask: The blocks.
-        options: How.
-
-    Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32, which
-        carries no gradient.
-    """
+    """Compute the attention of listed blocks; compiled at the first call of a kind, which takes seconds."""
     attention = importlib.import_module("flash_attn.cute").flash_attn_func
     blocks = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
     size = (mask.block_q, mask.block_k)

@@ -71,14 +71,7 @@ class Draft(BlockMethod):
         return max(16, 1 << (math.prod(self.tile or PUBLISHED_TILE) - 1).bit_length())
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Draft the attention map and keep its largest entries.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Keeps the layout, which depends on the grid alone.
-        """
+        """Draft the attention map and keep its largest entries."""
         key = ("draft", self.tile, call.tokens, q.device)
         layout = state.cache.static(key, lambda: self._layout(call, q.device))
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
@@ -105,11 +98,7 @@ class Draft(BlockMethod):
         return pattern_of(layout, kept, max_count=max_count)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
-        """Return the order of the tiles, ``(n,)`` int64, if each of them fills its block.
-
-        Args:
-            tokens: What the sequence is made up of, in raster order.
-        """
+        """Return the order of the tiles, ``(n,)`` int64, if each of them fills its block."""
         order, sizes = self._tiles(tokens.grid)
         return order_without_gaps(tokens, order, block=self.block_size, segments=sizes)
 

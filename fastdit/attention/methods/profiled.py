@@ -67,18 +67,7 @@ class Profiled(BlockMethod):
             raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention, in the first call of a video after each head has got its shape.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: Keeps the shapes for the video.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Compute the attention, in the first call of a video after each head has got its shape."""
         if len(q) > 1:
             return self._one_by_one(q, k, v, call, state)
         if _chosen(q, call, state) is None:
@@ -88,12 +77,6 @@ class Profiled(BlockMethod):
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Keep the best blocks of each row, in the tiles that each head has chosen.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Brings the shapes; without a ``forward`` before, they are chosen by the mean of the keys that matter.
 
         Raises:
             ValueError: Samples of the batch choose different shapes, so that there is no one pattern.

@@ -52,14 +52,6 @@ class Radial(OrderedMethod):
     min_band: Count = 128
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Build the bands for a grid.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the layout.
-        """
         grid, layout = call.tokens.grid, self.layout(call, q.device, state)
         in_raster = self.order in ("raster", "fhw")
         blocks = radial_blocks(

@@ -41,14 +41,6 @@ class Diagonal(OrderedMethod):
     density: Density = 0.25
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Build the band for a grid.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the layout.
-        """
         layout = self.layout(call, q.device, state)
         position = torch.arange(layout.video_blocks, device="cpu")
         distance = (position[:, None] - position).abs()
@@ -93,14 +85,6 @@ class VerticalStripe(OrderedMethod):
     density: Density = 0.25
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Build the stripes for a grid.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the layout.
-        """
         layout = self.layout(call, q.device, state)
         rank = _spread(layout.video_blocks).repeat(layout.video_blocks, 1)
         return pattern_of(layout, _keep_lowest(rank, layout, self.density).to(q.device))
@@ -120,14 +104,7 @@ class Skip(AttentionMethod):
     empty: ClassVar[bool] = True
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Keep no block: the only pattern whose queries attend to nothing.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Not used.
-        """
+        """Keep no block: the only pattern whose queries attend to nothing."""
         layout = TokenLayout.build(call.tokens, block=BLOCK, device=q.device)
         lengths = layout.block_lengths[None]
         indices = torch.zeros(1, 1, layout.num_blocks, 1, dtype=torch.int32, device=q.device)
@@ -136,18 +113,6 @@ class Skip(AttentionMethod):
         return Pattern(layout, BlockMask(indices, none, none, every, lengths, lengths, BLOCK, BLOCK))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Return zeros.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only shape, dtype and device matter.
-            k: ``(B, H, S, D)`` keys; not used.
-            v: ``(B, H, S, D)`` values; not used.
-            call: Not used.
-            state: Takes note of the density, which is 0.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
         state.kept = torch.zeros((), dtype=torch.float32, device=q.device)
         return torch.zeros_like(q)
 

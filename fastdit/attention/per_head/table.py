@@ -137,12 +137,6 @@ class Table(AttentionMethod):
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Choose order and blocks, where all heads of the layer have the same order.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: What this layer remembers.
-
         Raises:
             ValueError: Heads have different orders, so that there is no one pattern.
         """
@@ -155,18 +149,7 @@ class Table(AttentionMethod):
         return merge_heads(found)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention of all heads, in as few launches as their methods allow.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: What this layer remembers.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Compute the attention of all heads, in as few launches as their methods allow."""
         heads = q.shape[1]
         launches = self._heads(q, k, call, state).launches(self.groups(call, heads))
         if len(launches) == 1 and len(launches[0].heads) == heads:

@@ -21,31 +21,15 @@ class HunyuanVideo(ModelFamily):
     mask_argument = "encoder_attention_mask"
 
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        """List ``attn`` of every two-stream block, then of every one-stream block.
-
-        Args:
-            transformer: The model.
-        """
         return attentions_of_blocks(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
     def output_projection(self, transformer: Module, path: str) -> Module:
-        """Return ``to_out`` of a two-stream block; one-stream blocks project attention and MLP together.
-
-        Args:
-            transformer: The model.
-            path: Path of the self-attention.
-        """
+        """Return ``to_out`` of a two-stream block; one-stream blocks project attention and MLP together."""
         if path.startswith("single_transformer_blocks."):
             return transformer.get_submodule(path.rpartition(".")[0]).proj_out
         return super().output_projection(transformer, path)
 
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
-        """Divide the latent by the patch size.
-
-        Args:
-            transformer: The model.
-            arguments: The arguments of its forward, by name.
-        """
         config = transformer.config
         patch = (config.patch_size_t, config.patch_size, config.patch_size)
         return patched(arguments["hidden_states"].shape[-3:], patch)

@@ -73,15 +73,7 @@ def available() -> str | None:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-    """
+    """Return why this kernel cannot run for these arguments, or ``None``."""
     if q.device.type != "cpu":
         return f"it needs CPU tensors, got {q.device}"
     if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -96,19 +88,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks; the backward gathers again instead of keeping what was gathered.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-
-    Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32 or
-        fp64, which carries no gradient.
-    """
+    """Compute the attention of listed blocks; the backward gathers again instead of keeping what was gathered."""
     means = () if options.compensate is None else (block_means(k, mask), block_means(v, mask))
     return _BlockSparse.apply(mask, options.scale, q, k, v, *means)  # type: ignore[return-value]
 

@@ -86,12 +86,7 @@ class Sla(OrderedMethod):
             raise ValueError(f"mix_points belongs to the mix of variant 'sla2', got variant {self.variant!r}")
 
     def make_weights(self, heads: int, head_dim: int) -> Module:
-        """Make what one layer learns: ``projection`` or ``mix``, routers, and learned features.
-
-        Args:
-            heads: Heads of the layer, at least 1.
-            head_dim: Channels of a head, at least 1.
-        """
+        """Make what one layer learns: ``projection`` or ``mix``, routers, and learned features."""
         weights: Any = Module()
         if self.variant == "sla2":
             weights.mix = Mix(heads, self.mix_points)
@@ -105,14 +100,7 @@ class Sla(OrderedMethod):
         return weights
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> SlaPattern:
-        """Compare pooled queries and keys, and keep the best blocks of each row.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Keeps the layout, and brings the weights.
-        """
+        """Compare pooled queries and keys, and keep the best blocks of each row."""
         layout = self.layout(call, q.device, state)
         video, lengths = layout.video_blocks, layout.block_lengths
         q, k = (pool_laid_out(layout, x)[:, :, :video] for x in (q, k))
@@ -137,19 +125,6 @@ class Sla(OrderedMethod):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: AttentionCall, state: MethodState
     ) -> Tensor:
-        """Compute both parts and join them.
-
-        Args:
-            q: ``(B, H, S_padded, D)`` laid out queries.
-            k: ``(B, H, S_padded, D)`` laid out keys.
-            v: ``(B, H, S_padded, D)`` laid out values.
-            pattern: Order and blocks, padded keys taken out.
-            call: The call.
-            state: Brings the weights.
-
-        Returns:
-            ``(B, H, S_padded, D)`` in the dtype of ``q``.
-        """
         assert isinstance(pattern, SlaPattern)
         weights, mask = self._weights(state), pattern.mask
         exact = super().attend(q, k, v, pattern, call, state)
