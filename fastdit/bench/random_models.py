@@ -112,14 +112,7 @@ MODELS: dict[str, RandomModel] = {
     ),
     "wan-2.2-5b": RandomModel(
         "WanTransformer3DModel",
-        {
-            **_WAN,
-            "num_layers": 30,
-            "num_attention_heads": 24,
-            "ffn_dim": 14336,
-            "in_channels": 48,
-            "out_channels": 48,
-        },
+        {**_WAN, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
         _patched,
         (512, 4096),
     ),

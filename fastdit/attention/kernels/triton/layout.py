@@ -118,9 +118,4 @@ def layout_constants(tensors: int, head_dim: int) -> dict[str, int]:
         tensors: How many are copied, in [1, 3].
         head_dim: At least 1.
     """
-    return {
-        "TENSORS": tensors,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": triton.next_power_of_2(head_dim),
-        "ROWS": ROWS,
-    }
+    return {"TENSORS": tensors, "HEAD_DIM": head_dim, "PADDED_DIM": triton.next_power_of_2(head_dim), "ROWS": ROWS}

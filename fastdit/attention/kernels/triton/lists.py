@@ -13,15 +13,7 @@ from .primitives import broadcast_strides
 
 
 @triton.jit
-def _chosen(
-    map_row,
-    ragged_ptr,
-    columns,
-    row_in_map,
-    stride_mk,
-    map_k,
-    num_k,
-):
+def _chosen(map_row, ragged_ptr, columns, row_in_map, stride_mk, map_k, num_k):
     inside = columns < num_k
     # Outside of the map there is text, which attends to all and is attended to by all.
     mapped = row_in_map & (columns < map_k)

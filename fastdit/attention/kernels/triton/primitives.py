@@ -42,16 +42,7 @@ def _add_some(scores, v, acc, total, top, WIDEN: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _read(
-    head_ptr,
-    block,
-    rows,
-    stride,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _read(head_ptr, block, rows, stride, dims, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
     start = head_ptr + block.to(tl.int64) * BLOCK_K * stride
     return _load(start + (rows[:, None] * stride + dims[None, :]), dims, HEAD_DIM, PADDED_DIM)
 

@@ -152,11 +152,7 @@ CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
         Config(64, 128, 4, 2, "warps"),
     ),
     (100, 64, 16): (Config(32, 32, 4, 3, "tma"), Config(128, 64, 4, 2, "warps"), Config(64, 64, 4, 2, "warps")),
-    (100, 128, 16): (
-        Config(128, 64, 8, 2, "tma"),
-        Config(32, 32, 8, 2, "tma"),
-        Config(64, 64, 4, 2, "warps"),
-    ),
+    (100, 128, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 8, 2, "tma"), Config(64, 64, 4, 2, "warps")),
 }
 
 

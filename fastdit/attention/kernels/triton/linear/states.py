@@ -52,16 +52,7 @@ def _softmax_of(x_rows, present, FEATURES: tl.constexpr, PADDED_FEATURES: tl.con
 
 
 @triton.jit
-def _features(
-    x_rows,
-    present,
-    top,
-    share,
-    features,
-    FEATURES: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+def _features(x_rows, present, top, share, features, FEATURES: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr):
     some = present[:, None] & (features < FEATURES)[None, :]
     x = tl.load(x_rows[:, None] + features[None, :], mask=some, other=0.0).to(tl.float32)
     if MAP == "softmax":

@@ -255,13 +255,7 @@ class Join:
 
 
 def output_of(
-    q: Tensor,
-    sums: Tensor,
-    block: int,
-    feature_map: str,
-    config: SlaConfig,
-    out: Tensor,
-    join: Join | None = None,
+    q: Tensor, sums: Tensor, block: int, feature_map: str, config: SlaConfig, out: Tensor, join: Join | None = None
 ) -> None:
     """Launch the kernel for the output.
 
