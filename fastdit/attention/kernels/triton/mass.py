@@ -15,20 +15,11 @@ from .primitives import _dot, broadcast_strides
 
 @triton.jit
 def _scores(
-    q,
-    k_head,
-    tile,
-    lengths,
+    q, k_head, tile, lengths,
     stride_ks,
-    tokens_k,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tokens_k, scale, dims,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE_K: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK // TILE_K
     within = (tile % SPLIT) * TILE_K + tl.arange(0, TILE_K)
     keys = (tile // SPLIT) * BLOCK + within
@@ -40,35 +31,12 @@ def _scores(
 
 @triton.jit
 def _block_mass_kernel(
-    q_ptr,
-    k_ptr,
-    lse_ptr,
-    mass_ptr,
-    lengths_q_ptr,
-    lengths_k_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_nb,
-    stride_nh,
-    stride_lb,
-    stride_lh,
-    tokens_q,
-    tokens_k,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, lse_ptr, mass_ptr, lengths_q_ptr, lengths_k_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_nb, stride_nh, stride_lb, stride_lh,
+    tokens_q, tokens_k, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    NORMALISE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK // TILE_K
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -138,23 +106,11 @@ def triton_block_mass(
     lengths_q, lengths_k = (x.to(torch.int32).contiguous() for x in (lengths_q, lengths_k))
     with launching_on(q.device):
         _block_mass_kernel[(num_q * split, heads, batch)](
-            q,
-            k,
-            mass if lse is None else lse.contiguous(),
-            mass,
-            lengths_q,
-            lengths_k,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *broadcast_strides(lengths_q),
-            *broadcast_strides(lengths_k),
-            tokens_q,
-            k.shape[2],
-            num_k,
-            scale * math.log2(math.e),
-            **constexprs,
-            **mass_options(q.dtype, constexprs["TILE_Q"]),
-        )
+            q, k, mass if lse is None else lse.contiguous(), mass, lengths_q, lengths_k,
+            *q.stride()[:3], *k.stride()[:3], *broadcast_strides(lengths_q), *broadcast_strides(lengths_k),
+            tokens_q, k.shape[2], num_k, scale * math.log2(math.e),
+            **constexprs, **mass_options(q.dtype, constexprs["TILE_Q"]),
+        )  # fmt: skip
     return mass if split == 1 else mass.unflatten(2, (-1, split)).sum(3)
 
 

@@ -14,23 +14,11 @@ from .primitives import MEANS_TILE, broadcast_strides
 
 @triton.jit
 def _block_means_kernel(
-    x_ptr,
-    means_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
+    x_ptr, means_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
     num_blocks,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -91,16 +79,11 @@ def triton_means_of_blocks(
     order = lengths if index is None else index.contiguous()
     with launching_on(x.device):
         _block_means_kernel[(blocks, heads, batch)](
-            x,
-            means,
-            lengths,
-            order,
-            *x.stride()[:3],
-            *broadcast_strides(lengths),
-            order.stride(0) if order.shape[0] > 1 else 0,
+            x, means, lengths, order,
+            *x.stride()[:3], *broadcast_strides(lengths), order.stride(0) if order.shape[0] > 1 else 0,
             num,
             **means_constants(dim, block, indexed=index is not None),
-        )
+        )  # fmt: skip
     return means
 
 

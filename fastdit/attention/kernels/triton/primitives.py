@@ -84,24 +84,9 @@ def next_ragged(place, length, SPLIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _attend_means(
-    q,
-    acc,
-    total,
-    top,
-    k_head,
-    v_head,
-    dropped_row,
-    length_head,
-    start,
-    num_k,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, acc, total, top, k_head, v_head, dropped_row, length_head, start, num_k, scale, dims,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     blocks = start + tl.arange(0, TILE)
     inside = blocks < num_k
     dropped = tl.load(dropped_row + blocks, mask=inside, other=0) != 0
@@ -135,21 +120,9 @@ def broadcast_strides(x: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def of_queries(
-    dq,
-    q,
-    grad,
-    log_total,
-    delta,
-    k_tile,
-    v_tile,
-    bias,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dq, q, grad, log_total, delta, k_tile, v_tile, bias, scale, dims,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     k = _load(k_tile, dims, HEAD_DIM, PADDED_DIM)
     v = _load(v_tile, dims, HEAD_DIM, PADDED_DIM)
     scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION) * scale
@@ -163,22 +136,9 @@ def of_queries(
 
 @triton.jit
 def of_keys(
-    dk,
-    dv,
-    k,
-    v,
-    q_tile,
-    grad_tile,
-    log_total_row,
-    delta_row,
-    bias,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk, dv, k, v, q_tile, grad_tile, log_total_row, delta_row, bias, scale, dims,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     q = _load(q_tile, dims, HEAD_DIM, PADDED_DIM)
     grad = _load(grad_tile, dims, HEAD_DIM, PADDED_DIM)
     scores = _dot(k, tl.trans(q), None, WIDEN, PRECISION) * scale

@@ -58,17 +58,9 @@ def to_e4m3(x, ROUND: tl.constexpr):
 
 @triton.jit
 def _real_rows(
-    x_head,
-    index_head,
-    first,
-    start,
-    length,
-    stride,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x_head, index_head, first, start, length, stride, dims,
+    HEAD_DIM: tl.constexpr, INDEXED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     rows = start + tl.arange(0, TILE)
     if INDEXED:
         tokens = tl.load(index_head + first + rows, mask=rows < length, other=0)
@@ -88,30 +80,12 @@ def _magnitudes(x):
 
 @triton.jit
 def _quantize_blocks_kernel(
-    x_ptr,
-    mean_ptr,
-    rounded_ptr,
-    scales_ptr,
-    lost_ptr,
-    means_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
-    tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    POOL: tl.constexpr,
-):
+    x_ptr, mean_ptr, rounded_ptr, scales_ptr, lost_ptr, means_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
+    tokens, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    QUERIES: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -159,22 +133,10 @@ def _quantize_blocks_kernel(
 
 @triton.jit
 def _largest_values_kernel(
-    x_ptr,
-    largest_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x_ptr, largest_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -193,24 +155,11 @@ def _largest_values_kernel(
 
 @triton.jit
 def _quantize_values_kernel(
-    x_ptr,
-    largest_ptr,
-    rounded_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+    x_ptr, largest_ptr, rounded_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     ROUND: tl.constexpr,
-):
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)

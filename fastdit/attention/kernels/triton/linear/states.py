@@ -79,33 +79,13 @@ def _store_parts(target, x, present, STATE_PARTS: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _states_kernel(
-    x_ptr,
-    y_ptr,
-    weights_ptr,
-    lengths_ptr,
-    states_ptr,
-    stride_xh,
-    stride_xs,
-    stride_vh,
-    stride_vs,
-    stride_lh,
-    tokens,
-    num_blocks,
-    blocks_each,
-    FEATURES: tl.constexpr,
-    PADDED_FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDEN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-):
+    x_ptr, y_ptr, weights_ptr, lengths_ptr, states_ptr,
+    stride_xh, stride_xs, stride_vh, stride_vs, stride_lh,
+    tokens, num_blocks, blocks_each,
+    FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK // TILE
     head = tl.program_id(2).to(tl.int64)
     features = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -144,19 +124,12 @@ def _states_kernel(
 
 @triton.jit
 def _sums_kernel(
-    map_ptr,
-    states_ptr,
-    sums_ptr,
+    map_ptr, states_ptr, sums_ptr,
     stride_xh,
-    num_rows,
-    steps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    num_rows, steps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr,
     WIDEN: tl.constexpr,
-):
+):  # fmt: skip
     head = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -235,15 +208,11 @@ def sum_states(
     heads, num_states = states.shape[:2]
     grid = triton.cdiv(sums.shape[1], config.rows), states.shape[3] // constants["COLUMNS"], heads
     _sums_kernel[grid](
-        listed,
-        states,
-        sums,
+        listed, states, sums,
         listed.stride(0),
-        sums.shape[1],
-        num_states // config.step,
-        **constants,
-        **sums_options(config),
-    )
+        sums.shape[1], num_states // config.step,
+        **constants, **sums_options(config),
+    )  # fmt: skip
 
 
 def state_width(features: int, head_dim: int) -> int:
