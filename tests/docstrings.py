@@ -2,8 +2,9 @@
 
 Run as ``python tests/docstrings.py [FILE ...]``; prints ``file:line: what is wrong`` and exits with 1 if anything is.
 A method inherits the docstring of the one in the package that it overrides: it needs none, or one without ``Args:``.
-The functions of a kernel module follow the contract in ``kernels/dispatch.py`` likewise. Mood and layout of docstrings,
-and documented exceptions, are ruff's part (pyproject.toml).
+The functions of a kernel module follow the contract in ``kernels/dispatch.py`` likewise. "Arguments as for ``name``"
+stands for the entries of another function of the package, beside which ``Args:`` has only what differs. Mood and
+layout of docstrings, and documented exceptions, are ruff's part (pyproject.toml).
 """
 
 import ast
@@ -43,7 +44,7 @@ def check_file(file: Path) -> Iterator[tuple[int, str]]:
                 yield line, fault
 
 
-def public_names(tree: ast.Module, *, command_line: bool, kernel: bool) -> Iterator[tuple[int, str]]:
+def public_names(tree: ast.Module, *, command_line: bool, kernel: bool = False) -> Iterator[tuple[int, str]]:
     functions = [node for node in tree.body if isinstance(node, Function)]
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -62,6 +63,22 @@ def public_names(tree: ast.Module, *, command_line: bool, kernel: bool) -> Itera
                     if ast.get_docstring(inner) is None and not inherits:
                         yield inner.lineno, f"{node.name}.{inner.name}: no docstring, and it overrides none"
                     yield from check_function(inner, f"{node.name}.{inner.name}", inherits=inherits)
+
+
+def borrowed(doc: str) -> dict[str, str]:
+    """Return the arguments that a docstring takes from that of another function."""
+    name = re.search(r"Arguments\s+as\s+for\s+``([\w.]+)``", doc)
+    return package_arguments().get(name[1].rpartition(".")[2], {}) if name else {}
+
+
+@cache
+def package_arguments() -> dict[str, dict[str, str]]:
+    arguments: dict[str, dict[str, str]] = {}
+    for file in sorted((ROOT / "fastdit").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, Function) and (entries := section(ast.get_docstring(node) or "", "Args")):
+                arguments.setdefault(node.name, entries)
+    return arguments
 
 
 @cache
@@ -114,8 +131,9 @@ def check_function(
             if is_option(node_) and "help=" not in ast.unparse(node_.annotation):
                 yield node_.lineno, f"{name}: option {argument} has no help"
         return
-    documented = section(doc, "Args")
-    yield from compare(node.lineno, name, list(arguments), documented)
+    own, others = section(doc, "Args"), borrowed(doc)
+    documented = {key: text for key, text in others.items() if key in arguments} | own
+    yield from compare(node.lineno, name, list(arguments), documented, ordered=not others)
     for argument, node_ in arguments.items():
         if annotated_tensor(node_.annotation) and not SHAPE.search(documented.get(argument, doc)):
             yield node_.lineno, f"{name}: no shape in double backticks for the tensor {argument}"

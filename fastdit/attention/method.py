@@ -88,11 +88,7 @@ class AttentionMethod(ABC):
     def resolve(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Return the pattern of a call: the cached static one, the one of an earlier step, or a new one.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: What this layer remembers.
+        Arguments as for ``pattern``.
         """
         if self.static:
             key = (self, call.tokens, q.device)

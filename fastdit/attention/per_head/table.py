@@ -122,11 +122,7 @@ class Table(AttentionMethod):
     ) -> tuple[tuple[Heads, Pattern], ...]:
         """Choose order and blocks of each group of heads.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: What this layer remembers.
+        Arguments as for ``pattern``.
 
         Returns:
             Heads and their pattern. That of an empty method is not run.

@@ -343,12 +343,6 @@ def list_constants(
 ) -> dict[str, int | bool | str]:
     """Return the compile-time arguments of the kernels that run over lists.
 
-    Args:
-        head_dim: In [16, 128].
-        dtype: Of q, k and v.
-        block_q: Queries in a block of the mask.
-        block_k: Keys in a block of the mask.
-        config: Tiles that divide the mask's blocks.
-        compensate: Whether means stand in for blocks that are not listed.
+    Arguments as for ``constants``.
     """
     return {**tile_constants(head_dim, dtype, block_q, config), "BLOCK_K": block_k, "COMPENSATE": compensate}

@@ -157,13 +157,7 @@ def int8_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Quantise, and launch the kernel.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries, fp16 or bf16, last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        v: ``(B, H, Sk, D)`` values, likewise.
-        mask: The blocks.
-        options: How, in low precision.
-        config: Tiles that divide the mask's blocks.
+    Arguments as for ``block_sparse_fwd``.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype and memory order of ``q``, and the natural log-sum-exp,

@@ -85,15 +85,7 @@ def triton_block_mass(
 ) -> Tensor:
     """Sum the attention map over each pair of blocks, as ``mass.block_mass`` does.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries, bf16, fp16 or fp32, D in [16, 128], last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        lse: ``(B, H, Sq)`` fp32 log-sum-exp of each row in natural log; ``None`` takes that of the keys given, in one
-            more pass over them.
-        scale: Softmax scale.
-        block: Tokens per block, a power of two of at least 16.
-        lengths_q: ``(B or 1, H or 1, Nq)`` real queries of each block, which come first.
-        lengths_k: ``(B or 1, H or 1, Nk)`` real keys of each block, likewise.
+    Arguments as for ``attention_rows``.
 
     Returns:
         ``(B, H, Nq, Nk)`` fp32.

@@ -256,12 +256,7 @@ def choose_backward(
 ) -> BackwardConfig:
     """Return the best settings for a call.
 
-    Args:
-        capability: Compute capability of the GPU, ``(8, 0)`` or later.
-        head_dim: In [16, 128].
-        dtype: bf16, fp16 or fp32.
-        block_q: Queries in a block of the mask, a multiple of 16.
-        block_k: Keys in a block of the mask, a multiple of 16.
+    Arguments as for ``choose_config``.
     """
     key = table_arch(capability), 64 if head_dim <= 64 else 128, dtype.itemsize * 8
     return BackwardConfig(
@@ -277,12 +272,10 @@ def choose_int8_config(
 ) -> Config:
     """Return the best settings for a call that ``int8_reason`` has nothing against.
 
+    Arguments as for ``choose_config``.
+
     Args:
-        capability: Compute capability of the GPU, ``(8, 0)`` or later.
-        head_dim: In [16, 128].
         precision: ``"int8"`` or ``"int8_fp8"``.
-        block_q: Queries in a block of the mask, a multiple of 16.
-        block_k: Keys in a block of the mask, likewise; of 32 for ``"int8_fp8"``.
     """
     configs = TABLE_INT8[table_arch(capability), 64 if head_dim <= 64 else 128, precision]
     return next(c for c in configs if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)

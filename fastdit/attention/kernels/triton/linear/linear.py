@@ -69,12 +69,10 @@ def linear_fwd(q: Tensor, k: Tensor, v: Tensor, listed: Listed, join: Join | Non
 def linear_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, listed: Listed) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels, which compute the states again; no two programs add to one sum.
 
+    Arguments as for ``linear_fwd``.
+
     Args:
         grad: ``(B, H, S, D)`` gradient of the output.
-        q: ``(B, H, S, E)`` queries or their features.
-        k: ``(B, H, S, E)`` keys or their features; padding may hold anything.
-        v: ``(B, H, S, D)`` values, likewise.
-        listed: What is summed up.
 
     Returns:
         The gradients of q, k and v, ``(B, H, S, E)``, twice, and ``(B, H, S, D)``, in their dtypes, contiguous; 0 for

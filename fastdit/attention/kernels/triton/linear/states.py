@@ -268,11 +268,7 @@ def token_constants(
 def sums_constants(features: int, head_dim: int, dtype: torch.dtype, config: SlaConfig) -> dict[str, int | bool]:
     """Return the compile-time arguments of the kernel that sums states over blocks.
 
-    Args:
-        features: Features of a token, in [16, 256].
-        head_dim: In [16, 128].
-        dtype: Of queries, keys and values.
-        config: The settings.
+    Arguments as for ``token_constants``.
     """
     return {
         "ROWS": config.rows,

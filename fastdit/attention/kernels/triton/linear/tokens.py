@@ -237,14 +237,12 @@ def gradients_of(
 ) -> None:
     """Launch the kernel for gradients: of queries if there are weights to be written, else of keys and values.
 
+    Arguments as for ``output_of``.
+
     Args:
         x: ``(h, S, E)`` queries, keys, or the features of either, last axis contiguous.
         y: ``(h, S, D)`` gradient of the output, or values, likewise.
-        sums: ``(h, N or 1, parts, width)`` bf16 states of the blocks.
         lengths: ``(h, N)`` int32, real keys of each block, last axis contiguous.
-        block: Tokens per block, a multiple of 16.
-        feature_map: One of ``MAPS``.
-        config: The settings.
         dx: ``(h, S, E)``, is written; last axis contiguous.
         dy: ``(h, S, D)``, is written for values, likewise; ``None`` for queries.
         weights: ``(h, 2, S)`` fp32, is written for queries: what ``sum_blocks_up`` takes; ``None`` for keys.
