@@ -1,4 +1,4 @@
-"""The exact attention map, summed over blocks: row by row of blocks, so that it never exists as a whole."""
+"""Block sums of the exact attention map, computed a few rows at a time so that the map is never stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection maths that methods share: pooling, scores of blocks, and which of them are kept. All of it in fp32."""
+"""Block selection shared by methods, in fp32: pooling, scores, and rules that keep blocks."""
 
 from __future__ import annotations
 

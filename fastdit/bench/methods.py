@@ -1,4 +1,4 @@
-"""How near methods come to dense attention at equal density, on calls made up or captured from a pipeline."""
+"""Method benchmark: error against dense attention at equal density, on synthetic or captured calls."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     # From its first call, which may be a dense one, a method may learn what later ones leave out.
     out, seconds, spent = run()
     if out.shape != q.shape or not torch.isfinite(out).all():
-        return {"fault": f"{sample.name}: the output has values that are no numbers, or the wrong shape"}
+        return {"fault": f"{sample.name}: the output has NaN or Inf, or the wrong shape"}
     pattern = known_pattern(method, q, k, call, state)
     heads = sample.errors(out, dense)
     return {

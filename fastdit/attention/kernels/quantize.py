@@ -1,4 +1,4 @@
-"""What the low precisions mean. ``reference`` computes by these functions, and every kernel is held to it.
+"""Definition of the low precisions. ``reference`` uses these functions, and every kernel is tested against it.
 
 ``"int8"``: products of queries and keys.
 
@@ -35,7 +35,7 @@ from .options import E4M3_MAX, INT8_MAX
 
 
 def smooth_keys(k: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Take the mean of all real keys off the keys.
+    """Subtract the mean of all real keys from the keys.
 
     Args:
         k: ``(B, H, Sk, D)`` keys; padding may hold anything finite.

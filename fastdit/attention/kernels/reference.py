@@ -1,4 +1,4 @@
-"""The oracle: attention of listed blocks straight from its definition, on any device, in fp64 if asked."""
+"""Reference kernel: block-sparse attention straight from its definition, on any device, up to fp64."""
 
 from __future__ import annotations
 

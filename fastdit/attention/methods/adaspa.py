@@ -1,4 +1,4 @@
-"""AdaSpa: the exact attention map of an early step says which blocks matter in later ones."""
+"""AdaSpa: blocks chosen from the exact attention map of an earlier step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Recall = Annotated[
 @register("adaspa")
 @dataclass(frozen=True, kw_only=True)
 class AdaSpa(OrderedMethod):
-    """Attend to the blocks with the largest exact attention mass, searched for at few steps and kept in between.
+    """Attention to the blocks with the largest exact attention mass, searched at a few steps and kept in between.
 
     The first search of a video is a full attention, which is the result of that call, and a second pass over queries
     and keys that sums the attention map over blocks. Later searches reuse the log-sum-exp of the first, which changes

@@ -1,4 +1,4 @@
-"""The baseline: the model's own attention call."""
+"""Dense attention, the baseline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 128
 @register("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(AttentionMethod):
-    """Attend to everything: inside a pipeline this is the stock attention call, untouched."""
+    """Full attention; inside a pipeline the stock attention call, untouched."""
 
     static: ClassVar[bool] = True
     stock: ClassVar[bool] = True

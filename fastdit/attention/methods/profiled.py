@@ -1,4 +1,4 @@
-"""Tiles of the shape that suits each head, found out while the model runs."""
+"""Tiles whose shape each head chooses while the model runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Tiles = Annotated[
 @register("profiled")
 @dataclass(frozen=True, kw_only=True)
 class Profiled(BlockMethod):
-    """Cut the video into tiles of a shape that each head chooses, and attend to the tiles that matter.
+    """Attention to the heaviest tiles, whose shape each head chooses.
 
     Heads that look at a row, a column or one place in all frames need other tiles than those that look at what is near.
     In the first sparse call of a video each layer computes a few queries exactly, and with the blocks that it would
@@ -152,7 +152,7 @@ def _errors(
     choices: list[tuple[TokenLayout, Tensor]],
     call: AttentionCall,
 ) -> Tensor:
-    """Say how far what a few queries get from each choice is from what they should get: ``(choices, B, h)``.
+    """Return the squared error of each choice on a few queries: ``(choices, B, h)``.
 
     It is in fp32, or fp64 for fp64.
 
@@ -161,7 +161,7 @@ def _errors(
         k: ``(B, h, S, D)`` keys.
         v: ``(B, h, S, D)`` values.
         rows: ``(n,)`` int64, which tokens the queries are.
-        method: Says whether means stand in.
+        method: The method, which says whether skipped blocks are compensated.
         choices: For each shape the layout, and ``(B, h, N, N)`` bool, the blocks.
         call: The call.
     """

@@ -23,7 +23,7 @@ COUNTS_AT_ONCE = 1 << 22
 @register("radial")
 @dataclass(frozen=True, kw_only=True)
 class Radial(OrderedMethod):
-    """Attend fully to the same and the neighbouring frames, and in ever narrower bands to frames further away.
+    """Full attention to the same and neighbouring frames, and ever narrower bands to frames further away.
 
     Each doubling of the distance between two frames halves the band; where it would fall below ``min_band`` tokens,
     frame pairs are left out instead. The number of blocks grows as O(n log n) with the number of frames.

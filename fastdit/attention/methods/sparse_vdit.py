@@ -24,7 +24,7 @@ GOLDEN = (5**0.5 - 1) / 2
 @register("diagonal")
 @dataclass(frozen=True, kw_only=True)
 class Diagonal(OrderedMethod):
-    """Attend to a band around each query: in raster order to the same frame, or its nearest rows.
+    """A band around each query: in raster order the same frame, or its nearest rows.
 
     The band is as wide in blocks as ``density`` asks for. At its outermost distance only some block pairs, evenly
     spread over the sequence, are kept, so that the fraction is met on small grids too. A block's own keys are always
@@ -51,7 +51,7 @@ class Diagonal(OrderedMethod):
 @register("multi_diagonal")
 @dataclass(frozen=True, kw_only=True)
 class MultiDiagonal(Diagonal):
-    """Attend to nearby places of the picture in all frames: a band with all frames of one position together.
+    """Nearby positions in all frames: a band with all frames of one position together.
 
     In raster order such a band is one diagonal for each distance between two frames. It is ``diagonal`` in another
     order, and its fields are the same.
@@ -68,7 +68,7 @@ class MultiDiagonal(Diagonal):
 @register("vertical_stripe")
 @dataclass(frozen=True, kw_only=True)
 class VerticalStripe(OrderedMethod):
-    """Attend to the same few key blocks from everywhere, and to the query's own block.
+    """The same few key blocks for every query, and the query's own block.
 
     The key blocks are spread evenly over the video, the first one included, at distances that vary a little, so that
     they never fall into step with the frames. In other orders than raster they are other parts of the video: with
@@ -93,7 +93,7 @@ class VerticalStripe(OrderedMethod):
 @register("skip")
 @dataclass(frozen=True, kw_only=True)
 class Skip(AttentionMethod):
-    """Leave heads out: their output is zeros, for text too, and nothing is computed.
+    """Skipped heads: their output is zeros, for text too, and nothing is computed.
 
     It is meant for the few heads of a plan whose output hardly matters, not for a whole model. No gradient flows.
 

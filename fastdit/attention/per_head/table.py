@@ -24,7 +24,7 @@ MAX_SIZES = 2
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Table(AttentionMethod):
-    """Run each head with a method of its own.
+    """A method for each head, by step bucket and layer.
 
     Heads of one method run together, and so do methods that order tokens alike, in blocks of one size. Empty methods
     compute nothing. Patterns that depend on nothing but the make-up of the tokens are built once for all layers.
@@ -136,13 +136,13 @@ class Table(AttentionMethod):
         Raises:
             ValueError: Heads have different orders, so that there is no one pattern.
         """
-        found = self.patterns(q, k, call, state)
+        patterns = self.patterns(q, k, call, state)
         shared = self._shared(q, call, state)
-        if len({shared.kind(pattern) for _, pattern in found}) > 1:
+        if len({shared.kind(pattern) for _, pattern in patterns}) > 1:
             raise ValueError(
                 "heads of this layer have different orders or block sizes; use patterns, which returns all"
             )
-        return merge_heads(found)
+        return merge_heads(patterns)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
         """Compute the attention of all heads, in as few launches as their methods allow."""

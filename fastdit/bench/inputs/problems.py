@@ -10,7 +10,7 @@ from ...tokens import TokenSpec, VideoGrid
 
 @dataclass(frozen=True)
 class Problem:
-    """Describe the self-attention of one model at one size.
+    """The self-attention of one model at one size.
 
     Args:
         name: Model and size, as it is asked for.
@@ -105,6 +105,6 @@ def _find(name: str) -> Problem:
             return Problem(name, 1, count, dim, TokenSpec(VideoGrid(frames, height, width)))
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no size, {error}; write FRAMESxHEIGHTxWIDTH/HEADSxDIM, as in 8x16x16/4x64"
+            f"{name!r} is not a size: {error}; write FRAMESxHEIGHTxWIDTH/HEADSxDIM, as in 8x16x16/4x64"
         ) from error
     raise ValueError(f"unknown problem {name!r}; problems are: {', '.join(PROBLEMS)}, or a size as 8x16x16/4x64")

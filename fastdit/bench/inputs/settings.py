@@ -1,4 +1,4 @@
-"""What is compared: methods with their fields and schedules, and searched plans."""
+"""Settings that are compared: methods with fields and schedules, and searched plans."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KNOBS = {"paro": "plan", "radial": "decay"}
 
 @dataclass(frozen=True)
 class Setting:
-    """Name a method with fields, or a plan; its density comes later, unless a field says it.
+    """A method with fields, or a plan; its density is set later, unless a field sets it.
 
     Args:
         name: As rows and tables say it.

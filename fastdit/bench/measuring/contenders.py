@@ -1,4 +1,4 @@
-"""Everything that attention is compared with, dense or over the same blocks, and why some of it cannot run here."""
+"""Attention implementations that are compared, dense or block-sparse, and why some cannot run here."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ MATH_TOKENS = 16384
 
 
 class Unavailable(Exception):
-    """Say why something cannot run here; the text is shown."""
+    """A contender cannot run here; the message says why."""
 
 
 class Broken(Exception):
-    """Say how a kernel of ours failed that had not refused; the text is shown."""
+    """One of our kernels failed though its check accepted the call."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Name one implementation of attention.
+    """One implementation of attention.
 
     Args:
         name: As rows and tables say it.
@@ -67,7 +67,7 @@ class Contender:
 
 
 def contenders() -> list[Contender]:
-    """List all that is known, installed or not: dense ones, those over listed blocks, our own kernels."""
+    """List all contenders, installed or not: dense, block-sparse, and our own kernels."""
     backends = (
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
         ("flash", SDPBackend.FLASH_ATTENTION),
@@ -125,10 +125,10 @@ def prepare(contender: Contender, q: Tensor, k: Tensor, v: Tensor, mask: BlockMa
 
 
 def failure(error: Exception) -> str:
-    """Say in a line what was raised.
+    """Return the error as one line.
 
     Args:
-        error: It.
+        error: The error.
     """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}"
@@ -228,7 +228,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
 
 
 def flex_mask(mask: BlockMask, tokens_q: int, tokens_k: int) -> Any:
-    """Say the same blocks to FlexAttention: full blocks without a mask, ragged ones with one.
+    """Convert a mask for FlexAttention: full blocks without a mask function, ragged ones with one.
 
     Args:
         mask: The blocks.
@@ -285,6 +285,6 @@ def _sparge(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     if (mask.block_q, mask.block_k) != (128, 64):
         raise Unavailable(f"its blocks are 128 x 64, the mask has {mask.block_q} x {mask.block_k}")
     if q.shape[2] % mask.block_q or k.shape[2] % mask.block_k:
-        raise Unavailable("it knows no ragged blocks")
+        raise Unavailable("it does not support ragged blocks")
     blocks = mask.to_dense().expand(*q.shape[:2], -1, -1).to(torch.int8).contiguous()
     return lambda: attention(q, k, v, mask_id=blocks)

@@ -13,7 +13,7 @@ from .family import ModelFamily, attentions_of_blocks, patched, register_family
 
 @register_family
 class CogVideoX(ModelFamily):
-    """Read CogVideoX's latent, ``(B, F, C, H, W)``."""
+    """CogVideoX, whose latent is ``(B, F, C, H, W)``."""
 
     name = "cogvideox"
     transformers = ("CogVideoXTransformer3DModel",)

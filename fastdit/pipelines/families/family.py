@@ -1,4 +1,4 @@
-"""Families: what the tokens of a model are. The only model-specific knowledge; one file each."""
+"""Base class and registry of model families, which hold all model-specific knowledge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REGISTRY: dict[str, ModelFamily] = {}
 
 @dataclass(frozen=True)
 class Boundary:
-    """Name the modules through which video tokens enter and leave the blocks of a transformer.
+    """The modules through which video tokens enter and leave the blocks of a transformer.
 
     Between them nothing but attention may depend on the order of the tokens; rotary embeddings are put in order, too.
 
@@ -34,7 +34,7 @@ class Boundary:
 
 
 class ModelFamily(ABC):
-    """Know the video transformers of one kind: their self-attentions and what their tokens are."""
+    """Base class of model families: their self-attention modules and token grids."""
 
     name: ClassVar[str]
     transformers: ClassVar[tuple[str, ...]]
@@ -69,7 +69,7 @@ class ModelFamily(ABC):
             path: Path of the self-attention.
 
         Returns:
-            A layer with ``in_features``, the first of which are the heads one after the other; others are no attention.
+            A layer with ``in_features``: the heads one after the other, then channels that are not attention.
         """
         attention: Any = transformer.get_submodule(path)
         return attention.to_out[0]
@@ -152,6 +152,6 @@ def find_family(transformer: Module) -> ModelFamily:
                 return family
     known = "; ".join(f"{name} ({', '.join(family.transformers)})" for name, family in _REGISTRY.items())
     raise ValueError(
-        f"{type(transformer).__name__} is no video transformer that fastdit knows. Known families: {known}. "
+        f"{type(transformer).__name__} is not a video transformer that fastdit supports. Supported families: {known}. "
         "A family is one short file: see CONTRIBUTING.md, or register your own with fastdit.register_family"
     )

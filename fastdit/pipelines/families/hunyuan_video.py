@@ -13,7 +13,7 @@ from .family import ModelFamily, attentions_of_blocks, patched, register_family
 
 @register_family
 class HunyuanVideo(ModelFamily):
-    """Read HunyuanVideo's latent, ``(B, C, F, H, W)``. The token refiner attends over text only and stays dense."""
+    """HunyuanVideo, whose latent is ``(B, C, F, H, W)``. The token refiner attends over text only and stays dense."""
 
     name = "hunyuan_video"
     transformers = ("HunyuanVideoTransformer3DModel",)

@@ -13,7 +13,7 @@ from .family import Boundary, ModelFamily, attentions_of_blocks, register_family
 
 @register_family
 class LTX(ModelFamily):
-    """Read LTX's grid off the arguments ``num_frames``, ``height`` and ``width``."""
+    """LTX-Video, whose grid is in the arguments ``num_frames``, ``height`` and ``width``."""
 
     name = "ltx"
     transformers = ("LTXVideoTransformer3DModel",)

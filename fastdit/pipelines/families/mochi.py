@@ -13,7 +13,7 @@ from .family import ModelFamily, attentions_of_blocks, patched, register_family
 
 @register_family
 class Mochi(ModelFamily):
-    """Read Mochi's latent, ``(B, C, F, H, W)``."""
+    """Mochi, whose latent is ``(B, C, F, H, W)``."""
 
     name = "mochi"
     transformers = ("MochiTransformer3DModel",)

@@ -13,7 +13,7 @@ from .family import Boundary, ModelFamily, attentions_of_blocks, patched, regist
 
 @register_family
 class Wan(ModelFamily):
-    """Read Wan's latent, ``(B, C, F, H, W)``; VACE's control blocks attend over the same tokens."""
+    """Wan, whose latent is ``(B, C, F, H, W)``. VACE's control blocks attend over the same tokens."""
 
     name = "wan"
     transformers = ("WanTransformer3DModel", "WanVACETransformer3DModel")

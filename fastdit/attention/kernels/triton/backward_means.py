@@ -1,4 +1,4 @@
-"""The gradient of the means that stand in for blocks that are not listed; ``triton/backward.py`` has the formulas."""
+"""Gradients of the mean keys and values of skipped blocks; ``triton/backward.py`` has the formulas."""
 
 from __future__ import annotations
 

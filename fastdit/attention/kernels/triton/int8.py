@@ -1,4 +1,4 @@
-"""The forward pass over listed blocks in low precision, for NVIDIA GPUs; ``quantize.py`` says what is computed."""
+"""The forward pass over listed blocks in low precision, for NVIDIA GPUs; ``quantize.py`` defines it."""
 
 from __future__ import annotations
 

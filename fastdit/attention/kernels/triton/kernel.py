@@ -1,4 +1,4 @@
-"""The Triton kernels as the door sees them. Triton itself is imported when a kernel first runs."""
+"""The Triton kernels as ``dispatch`` calls them. Triton is imported when a kernel first runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
     if q.is_cuda and _capability(q) < (9, 0):
         return f"variant {options.variant!r} needs compute capability 9.0 or later"
     if options.variant == "warps" and options.compensate is not None:
-        return "variant 'warps' knows no compensation; variant='tma' can run"
+        return "variant 'warps' does not support compensation; use variant='tma'"
     return variant_reason(options.variant, q, k, v)
 
 

@@ -1,4 +1,4 @@
-"""Tokens put into another order in one launch, for NVIDIA GPUs: q, k and v share the reading of the order."""
+"""Reordering of tokens, for NVIDIA GPUs: q, k and v in one launch that reads the order once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of blocks from a map of them, for NVIDIA GPUs: one pass over one byte a pair, instead of a sort."""
+"""Block lists from a block map, for NVIDIA GPUs: one pass over the map instead of a sort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means of blocks in one pass, for NVIDIA GPUs: eager code would copy tokens to put them in order and blank padding."""
+"""Means of blocks in one pass, for NVIDIA GPUs, without the copies of eager code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that several Triton kernels are built from."""
+"""Device functions that several Triton kernels share."""
 
 from __future__ import annotations
 

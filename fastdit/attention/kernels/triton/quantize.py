@@ -1,4 +1,4 @@
-"""Quantisation as ``quantize.py`` defines it, reading each of q, k and v as often as it must, for NVIDIA GPUs."""
+"""Quantisation as ``quantize.py`` defines it, with as few passes as possible, for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Quantized:
         q_scales: ``(B, H, Nq)`` fp32, times the softmax scale, times log2(e).
         k: ``(B, H, Nk * block_k, Dp)`` int8.
         k_scales: ``(B, H, Nk)`` fp32.
-        lost: ``(B, H, Sq)`` fp32, what smoothing took off the logits of a row, in natural log.
-        k_mean: ``(B, H, D)`` fp32, the mean that was taken off the keys.
+        lost: ``(B, H, Sq)`` fp32, what smoothing subtracted from the logits of a row, in natural log.
+        k_mean: ``(B, H, D)`` fp32, the mean subtracted from the keys.
         q_means: ``(B, H, Nq, D)`` fp32, means of the real queries in each block; ``None`` unless asked for.
         k_means: ``(B, H, Np, D)`` fp32, means of the real keys in each block before smoothing, as
             ``triton_block_means`` returns them.

@@ -1,4 +1,4 @@
-"""Which tiles each kernel uses on which GPU: plain data."""
+"""Tile sizes of each kernel by GPU, as plain data."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def choose_config(
         dtype: bf16, fp16 or fp32.
         block_q: Queries in a block of the mask, a multiple of 16.
         block_k: Keys in a block of the mask, a multiple of 16.
-        compensate: Whether means stand in for blocks that are not listed.
+        compensate: Whether means of skipped blocks join the softmax.
         variant: The only one to choose from, or ``None``.
 
     Raises:

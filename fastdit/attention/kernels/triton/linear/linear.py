@@ -28,7 +28,7 @@ Place: TypeAlias = tuple[int, slice]
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """Which keys are summed up for each query, and by which features.
+    """The keys that are summed for each query, and their feature map.
 
     Args:
         blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
@@ -107,7 +107,7 @@ class _Part:
         self.states, self.sums = states, sums
 
     def sum_up(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sum the keys of each query block up, or with weights the queries of each key block."""
+        """Sum the keys of each query block, or with weights the queries of each key block."""
         sum_blocks_up(x, y, weights, self.lengths, *self.shared, self.states)
         listed = self._listed(turned=weights is not None)
         sum_states(listed, self.states, self.shared[2], self.constants, self.sums)

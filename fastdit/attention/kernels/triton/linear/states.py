@@ -1,4 +1,4 @@
-"""States of linear attention: a block of tokens summed up, and sums of these over listed blocks.
+"""States of linear attention: sums over a block of tokens, and sums of these over listed blocks.
 
 A state is ``y^T f(x)`` summed over tokens, and ``f(x)`` summed beside it. It lies in memory as bf16 numbers that add up
 to it, so that every product is one of tensor cores in 16 bits and nothing but their order limits the precision of the

@@ -182,7 +182,7 @@ def _gradients_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """What a linear output is joined to: ``exact + share * (linear W^T + b)``.
+    """The exact part that a linear output is joined to: ``exact + share * (linear W^T + b)``.
 
     Args:
         exact: ``(h, S, D)`` output of the exact part, last axis contiguous.
