@@ -104,7 +104,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
         ``density``, ``recall`` (``None`` where the output is not that of a pattern) and ``error``, the relative L2
         error of the output, all means over heads; ``heads``: the errors of each; seconds of the first call of a video,
         of a later one with the blocks that are there, those of it for the order of tokens, and of choosing blocks anew
-        in between, 0 for a static pattern. ``fault`` instead, if an output is no number.
+        in between, 0 for a static pattern. ``fault`` instead, if an output is not finite.
     """
     q, k, v, call = sample.q, sample.k, sample.v, sample.call
     state = MethodState()

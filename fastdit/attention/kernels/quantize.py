@@ -15,7 +15,7 @@
    are divided by is that of the unrounded ones. A kernel that does not know a row's largest logit beforehand takes
    the largest so far.
 
-Means that stand in for blocks (``means.py``) are those of the smoothed keys and of the values, and are not quantised:
+Means of skipped blocks (``means.py``) are those of the smoothed keys and of the values, and are not quantised:
 neither they, nor the queries that they meet, nor their probabilities. The row's largest logit counts theirs.
 
 Means, scales and quotients are computed in fp32, fp64 for fp64 inputs. Rounding is to nearest, half to even.

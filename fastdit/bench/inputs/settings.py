@@ -208,7 +208,7 @@ def find_settings(texts: Iterable[str] | None, *, means: bool = False) -> list[S
     Args:
         texts: Names, of ``default_settings`` or of methods; with fields of the method or of the schedule in brackets,
             such as ``"draft(tile=(1, 8, 8), refresh_steps=4)"``; or files of plans, ``.json``; default: all names.
-        means: Whether each is listed a second time with blocks that stand in by their means.
+        means: Whether each is listed a second time with compensation by means.
 
     Raises:
         ValueError: There is no such setting or plan, a value is out of range, the text makes no sense, or two settings

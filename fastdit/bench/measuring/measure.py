@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,11 +150,5 @@ def throughput(device: str) -> float:
     """
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     q = torch.randn(1, 2, 2048, 64, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 4 * 2 * 2048**2 * 64 / best
+    run = partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+    return 4 * 2 * 2048**2 * 64 / min(interleaved({"dense": run}, device)["dense"].samples)

@@ -141,8 +141,8 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
     """List what differs between two runs beyond noise.
 
     Times differ if they are apart by three standard errors of both together and by 2 %; fewer than three repeats are
-    never called different. Everything else is computed the same way from the same seed, and differs if it is not equal to
-    three digits.
+    never called different. Everything else is computed the same way from the same seed, and differs if it is not equal
+    to three digits.
 
     Args:
         old: Rows of the earlier run.

@@ -41,16 +41,20 @@ class ModelFamily(ABC):
     """Names of the transformer classes; subclasses of them are known too."""
     text: ClassVar[Literal["none", "first", "last"]] = "none"
     """Where text sits in the sequence of a self-attention call: the tokens that are not video."""
+    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """Names of the transformer's lists of blocks."""
+    attention: ClassVar[str] = "attn1"
+    """Name of the video self-attention in a block."""
     mask_argument: ClassVar[str | None] = None
     """The argument of the forward that the model makes its self-attention mask from, if it makes one."""
 
-    @abstractmethod
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
         """List the video self-attention modules by their path, in the order in which they are numbered.
 
         Args:
             transformer: The model.
         """
+        return attentions_of_blocks(transformer, self.blocks, self.attention)
 
     @abstractmethod
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ...tokens import VideoGrid
-from .family import ModelFamily, attentions_of_blocks, patched, register_family
+from .family import ModelFamily, patched, register_family
 
 
 @register_family
@@ -18,10 +18,9 @@ class HunyuanVideo(ModelFamily):
     name = "hunyuan_video"
     transformers = ("HunyuanVideoTransformer3DModel",)
     text = "last"
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    attention = "attn"
     mask_argument = "encoder_attention_mask"
-
-    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        return attentions_of_blocks(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
     def output_projection(self, transformer: Module, path: str) -> Module:
         """Return ``to_out`` of a two-stream block; one-stream blocks project attention and MLP together."""

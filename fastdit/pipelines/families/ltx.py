@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ...tokens import VideoGrid
-from .family import Boundary, ModelFamily, attentions_of_blocks, register_family
+from .family import Boundary, ModelFamily, register_family
 
 
 @register_family
@@ -17,9 +17,6 @@ class LTX(ModelFamily):
 
     name = "ltx"
     transformers = ("LTXVideoTransformer3DModel",)
-
-    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        return attentions_of_blocks(transformer, ("transformer_blocks",), "attn1")
 
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
         """Return the grid the caller names; conditioning pipelines give coordinates instead."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ...tokens import VideoGrid
-from .family import ModelFamily, attentions_of_blocks, patched, register_family
+from .family import ModelFamily, patched, register_family
 
 
 @register_family
@@ -18,9 +18,6 @@ class Mochi(ModelFamily):
     name = "mochi"
     transformers = ("MochiTransformer3DModel",)
     text = "last"
-
-    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        return attentions_of_blocks(transformer, ("transformer_blocks",), "attn1")
 
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
         """Divide the latent by the patch size; patches are one frame deep."""

@@ -17,10 +17,12 @@ class Wan(ModelFamily):
 
     name = "wan"
     transformers = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+    blocks = ("blocks",)
 
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        lists = ("blocks", "vace_blocks") if hasattr(transformer, "vace_blocks") else ("blocks",)
-        return attentions_of_blocks(transformer, lists, "attn1")
+        """List those of the main blocks, then those of VACE's control blocks."""
+        lists = (*self.blocks, "vace_blocks") if hasattr(transformer, "vace_blocks") else self.blocks
+        return attentions_of_blocks(transformer, lists, self.attention)
 
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
         return patched(arguments["hidden_states"].shape[-3:], transformer.config.patch_size)

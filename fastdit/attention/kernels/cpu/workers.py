@@ -43,8 +43,8 @@ def usable_threads() -> int:
 def run_jobs(jobs: Iterable[Job[Any]], threads: int) -> None:
     """Run all jobs; threads with nothing left of their own help with the jobs of others.
 
-    The threads are made for this call, which takes about 0.1 ms each, so none outlives it to break a fork, an interrupt or
-    the shutdown of the interpreter. In each of them PyTorch runs on one thread, in the modes of the caller.
+    The threads are made for this call, which takes about 0.1 ms each, so none outlives it to break a fork, an
+    interrupt or the shutdown of the interpreter. In each, PyTorch runs on one thread, in the modes of the caller.
 
     Args:
         jobs: The jobs.

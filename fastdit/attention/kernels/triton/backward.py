@@ -298,34 +298,15 @@ def _keys(
     batch, heads, tokens, dim = k.shape
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     lists, lengths = transposed_lists(mask), mask.lengths_k.contiguous()
+    listed = (lists.queries, lists.starts, lists.every_counts, lengths)
     _dkdv_kernel[(triton.cdiv(tokens, config.tile_k), heads, batch)](
-        q,
-        k,
-        v,
-        grad,
-        dk,
-        dv,
-        *rows,
-        lists.queries,
-        lists.starts,
-        lists.every_counts,
-        lengths,
-        *(rows if dmeans is None else dmeans),
+        q, k, v, grad, dk, dv, *rows, *listed, *(rows if dmeans is None else dmeans),
         *(stride for x in (q, k, v, grad, dk, dv) for stride in x.stride()[:3]),
-        *(
-            stride
-            for x in (lists.queries, lists.starts, lists.every_counts, lengths)
-            for stride in broadcast_strides(x)
-        ),
-        lists.every_start,
-        q.shape[2],
-        mask.num_q * mask.block_q,
-        tokens,
-        mask.num_k,
-        options.scale * math.log2(math.e),
+        *(stride for x in listed for stride in broadcast_strides(x)),
+        lists.every_start, q.shape[2], mask.num_q * mask.block_q, tokens, mask.num_k, options.scale * math.log2(math.e),
         **list_constants(dim, q.dtype, mask.block_q, mask.block_k, config, compensate=dmeans is not None),
         **compile_options(config),
-    )
+    )  # fmt: skip
     return dk, dv
 
 

@@ -223,7 +223,7 @@ def constants(
         block_q: Queries in a block of the mask.
         block_k: Keys in a block of the mask.
         config: Tiles that divide the mask's blocks.
-        compensate: Whether means stand in for blocks that are not listed.
+        compensate: Whether means of skipped blocks join the softmax.
     """
     return {
         "HEAD_DIM": head_dim,

@@ -202,12 +202,10 @@ def int8_constants(
 ) -> dict[str, int | bool]:
     """Return the compile-time arguments of the kernel.
 
+    Arguments as for ``constants``.
+
     Args:
-        head_dim: In [16, 128].
         options: How, in low precision.
-        block_q: Queries in a block of the mask.
-        block_k: Keys in a block of the mask.
-        config: Tiles that divide the mask's blocks.
     """
     return {
         "HEAD_DIM": head_dim,

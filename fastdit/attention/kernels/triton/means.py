@@ -61,10 +61,9 @@ def triton_means_of_blocks(
 ) -> Tensor:
     """Average tokens over the real ones of each block, as ``means.means_of_blocks`` does.
 
+    Arguments as for ``means_of_blocks``.
+
     Args:
-        x: ``(B, H, S, D)``, last axis contiguous; padding may hold anything.
-        block: Tokens per block, at least 1.
-        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
         index: ``(1 or H, S_padded)`` int64, the token at each position of the blocks; default: the positions.
         blocks: Blocks of the result, at least N; default: N.
 

@@ -164,11 +164,7 @@ def bias_of_means(dropped_row, length_ptr, blocks, num_k):
 def tile_constants(head_dim: int, dtype: torch.dtype, block_q: int, config: Config) -> dict[str, int | bool | str]:
     """Return the compile-time arguments that the backward kernels share, all that the one for means has.
 
-    Args:
-        head_dim: In [16, 128].
-        dtype: Of q, k and v.
-        block_q: Queries in a block of the mask.
-        config: Tiles, of which ``tile_q`` divides ``block_q``.
+    Arguments as for ``constants``.
     """
     return {
         "HEAD_DIM": head_dim,

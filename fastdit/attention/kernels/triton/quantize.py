@@ -207,24 +207,13 @@ def quantize_queries_keys(
         out = torch.empty(batch, heads, num * block, constants["PADDED_DIM"], dtype=torch.int8, device=q.device)
         scales = torch.empty(batch, heads, num, dtype=torch.float32, device=q.device)
         _quantize_blocks_kernel[(num, heads, batch)](
-            x,
-            k_mean,
-            out,
-            scales,
-            lost,
+            x, k_mean, out, scales, lost,
             k_mean if q_means is None else q_means,  # not written
-            lengths,
-            order,
-            *x.stride()[:3],
-            *broadcast_strides(lengths),
-            broadcast_strides(order)[1],
-            tokens,
-            scale,
-            QUERIES=queries,
-            POOL=pool,
-            **constants,
-            **quantize_options(),
-        )
+            lengths, order,
+            *x.stride()[:3], *broadcast_strides(lengths), broadcast_strides(order)[1],
+            tokens, scale,
+            QUERIES=queries, POOL=pool, **constants, **quantize_options(),
+        )  # fmt: skip
         return out, scales
 
     q8, k8 = rounded(q, mask.block_q, lengths_q, True), rounded(k, mask.block_k, lengths_k, False)

@@ -89,16 +89,7 @@ def linear_attention(
 
 
 @linear_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    block: int,
-    features: str = "given",
-    kernel: str = "eager",
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -134,17 +125,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    block: int,
-    features: str,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 

@@ -175,21 +175,13 @@ def sum_blocks_up(
     constants = token_constants(features, y.shape[2], x.dtype, block, feature_map, config.states)
     chunks = constants["PADDED_FEATURES"] // constants["CHUNK"]
     _states_kernel[(states.shape[1], chunks, heads)](
-        x,
-        y,
+        x, y,
         states if weights is None else weights,  # not read
-        lengths,
-        states,
-        *x.stride()[:2],
-        *y.stride()[:2],
-        lengths.stride(0),
-        tokens,
-        num_blocks,
-        triton.cdiv(num_blocks, states.shape[1]),
-        **constants,
-        WEIGHTED=weights is not None,
-        **token_options(config.states),
-    )
+        lengths, states,
+        *x.stride()[:2], *y.stride()[:2], lengths.stride(0),
+        tokens, num_blocks, triton.cdiv(num_blocks, states.shape[1]),
+        **constants, WEIGHTED=weights is not None, **token_options(config.states),
+    )  # fmt: skip
 
 
 def sum_states(

@@ -251,21 +251,10 @@ def gradients_of(
     constants = token_constants(features, y.shape[2], x.dtype, block, feature_map, config.gradients)
     other = dx if dy is None else dy
     _gradients_kernel[(triton.cdiv(tokens, constants["TILE"]), heads)](
-        x,
-        y,
-        sums,
-        lengths,
+        x, y, sums, lengths,
         sums if weights is None else weights,  # not written
-        dx,
-        other,
-        *x.stride()[:2],
-        *y.stride()[:2],
-        lengths.stride(0),
-        *dx.stride()[:2],
-        *other.stride()[:2],
-        tokens,
-        sums.shape[1],
-        **constants,
-        OF_QUERIES=weights is not None,
-        **token_options(config.gradients),
-    )
+        dx, other,
+        *x.stride()[:2], *y.stride()[:2], lengths.stride(0), *dx.stride()[:2], *other.stride()[:2],
+        tokens, sums.shape[1],
+        **constants, OF_QUERIES=weights is not None, **token_options(config.gradients),
+    )  # fmt: skip
