@@ -1,13 +1,17 @@
 """Check what ruff cannot: docstrings against signatures, shapes, types, file sizes, tests that check nothing.
 
 Run as ``python tests/docstrings.py [FILE ...]``; prints ``file:line: what is wrong`` and exits with 1 if anything is.
-That docstrings are there, their mood and layout, and documented exceptions are ruff's part (pyproject.toml).
+A method inherits the docstring of the one in the package that it overrides: it needs none, or one without ``Args:``.
+The functions of a kernel module follow the contract in ``kernels/dispatch.py`` likewise. "Arguments as for ``name``"
+stands for the entries of another function of the package, beside which ``Args:`` has only what differs. Mood and
+layout of docstrings, and documented exceptions, are ruff's part (pyproject.toml).
 """
 
 import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +19,8 @@ LINES = 400
 KERNEL_LINES = 600
 SHAPE = re.compile(r"``[^`\n]*\([^`\n]*\)[^`\n]*``|0-d|``\(\)``")
 TENSOR = re.compile(r"\bTensor\b")
-SECTIONS = ("Args", "Returns", "Raises", "Yields", "Example", "Examples", "Note", "Notes")
+CONTRACT = ("available", "check", "run", "no_gain")
+"""The functions of a kernel, whose arguments `kernels/dispatch.py` documents."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -33,12 +38,13 @@ def check_file(file: Path) -> Iterator[tuple[int, str]]:
     else:
         # the modules there are steps of one training script, where a sentence may do for an Args: section
         script = parts[0] == "tools" or (parts[:2] == ("fastdit", "demo") and file.name != "__init__.py")
-        for line, fault in public_names(tree, command_line=parts[:2] == ("fastdit", "cli")):
+        kernel = parts[:3] == ("fastdit", "attention", "kernels")
+        for line, fault in public_names(tree, command_line=parts[:2] == ("fastdit", "cli"), kernel=kernel):
             if not (script and "no Args: section" in fault):
                 yield line, fault
 
 
-def public_names(tree: ast.Module, *, command_line: bool) -> Iterator[tuple[int, str]]:
+def public_names(tree: ast.Module, *, command_line: bool, kernel: bool = False) -> Iterator[tuple[int, str]]:
     functions = [node for node in tree.body if isinstance(node, Function)]
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -47,12 +53,54 @@ def public_names(tree: ast.Module, *, command_line: bool) -> Iterator[tuple[int,
         yield from check_types(node)
     for node in tree.body:
         if isinstance(node, Function) and is_public(node):
-            yield from check_function(node, node.name, command_line=command_line)
+            follows = kernel and node.name in CONTRACT
+            yield from check_function(node, node.name, command_line=command_line, inherits=follows)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from check_class(node)
             for inner in node.body:
                 if isinstance(inner, Function) and is_public(inner):
-                    yield from check_function(inner, f"{node.name}.{inner.name}")
+                    inherits = overrides(node, inner.name)
+                    if ast.get_docstring(inner) is None and not inherits:
+                        yield inner.lineno, f"{node.name}.{inner.name}: no docstring, and it overrides none"
+                    yield from check_function(inner, f"{node.name}.{inner.name}", inherits=inherits)
+
+
+def borrowed(doc: str) -> dict[str, str]:
+    """Return the arguments that a docstring takes from that of another function."""
+    name = re.search(r"Arguments\s+as\s+for\s+``([\w.]+)``", doc)
+    return package_arguments().get(name[1].rpartition(".")[2], {}) if name else {}
+
+
+@cache
+def package_arguments() -> dict[str, dict[str, str]]:
+    arguments: dict[str, dict[str, str]] = {}
+    for file in sorted((ROOT / "fastdit").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, Function) and (entries := section(ast.get_docstring(node) or "", "Args")):
+                arguments.setdefault(node.name, entries)
+    return arguments
+
+
+@cache
+def package_classes() -> dict[str, list[ast.ClassDef]]:
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for file in (ROOT / "fastdit").rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(node)
+    return classes
+
+
+def overrides(node: ast.ClassDef, method: str) -> bool:
+    """Tell whether a base class in the package has a documented method of that name."""
+    names = [ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases]
+    bases = [base for name in names if name != node.name for base in package_classes().get(name, [])]
+    documented = any(
+        isinstance(inner, Function) and inner.name == method and ast.get_docstring(inner)
+        for base in bases
+        for inner in base.body
+    )
+    return documented or any(overrides(base, method) for base in bases)
 
 
 def is_public(node: Function) -> bool:
@@ -71,18 +119,21 @@ def check_types(node: Function) -> Iterator[tuple[int, str]]:
         yield node.lineno, f"{node.name}: no type for what it returns"
 
 
-def check_function(node: Function, name: str, *, command_line: bool = False) -> Iterator[tuple[int, str]]:
+def check_function(
+    node: Function, name: str, *, command_line: bool = False, inherits: bool = False
+) -> Iterator[tuple[int, str]]:
     doc = ast.get_docstring(node)
-    if doc is None:
-        return  # ruff says so
+    if doc is None or (inherits and not section(doc, "Args")):
+        return  # of the first ruff and the caller take care
     arguments = parameters(node)
     if command_line and any(is_option(a) for a in arguments.values()):
         for argument, node_ in arguments.items():
             if is_option(node_) and "help=" not in ast.unparse(node_.annotation):
                 yield node_.lineno, f"{name}: option {argument} has no help"
         return
-    documented = section(doc, "Args")
-    yield from compare(node.lineno, name, list(arguments), documented)
+    own, others = section(doc, "Args"), borrowed(doc)
+    documented = {key: text for key, text in others.items() if key in arguments} | own
+    yield from compare(node.lineno, name, list(arguments), documented, ordered=not others)
     for argument, node_ in arguments.items():
         if annotated_tensor(node_.annotation) and not SHAPE.search(documented.get(argument, doc)):
             yield node_.lineno, f"{name}: no shape in double backticks for the tensor {argument}"

@@ -174,7 +174,9 @@ def test_bad_input_changes_nothing(model, options, error, match):
 
 
 def test_unknown_models_are_refused_with_a_list():
-    with pytest.raises(ValueError, match=r"Linear is no video transformer.*Known families: wan \(WanTransformer3D"):
+    with pytest.raises(
+        ValueError, match=r"Linear is not a video transformer.*Supported families: wan \(WanTransformer3D"
+    ):
         fastdit.enable_sparse_attention(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="SimpleNamespace has no transformer"):
         fastdit.enable_sparse_attention(SimpleNamespace(unet=None))

@@ -119,7 +119,7 @@ def test_problems():
     with pytest.raises(ValueError, match="problems are: demo"):
         find_problems(["wan"])
     for size in ("8x16/4x64", "2x4x4/0x32", "2x4x4/2x0", "0x4x4/2x32"):
-        with pytest.raises(ValueError, match="is no size"):
+        with pytest.raises(ValueError, match="is not a size"):
             find_problems([size])
 
 

@@ -133,7 +133,7 @@ def test_a_method_that_gives_no_numbers_is_found():
         def forward(self, q, k, v, call, state):
             return q * torch.nan
 
-    assert "no numbers" in measure_call(Broken(), SAMPLE)["fault"]
+    assert "NaN or Inf" in measure_call(Broken(), SAMPLE)["fault"]
 
 
 def test_clips():

@@ -87,8 +87,8 @@ def damaged(about=None, **tensors):
     ("write", "message"),
     [
         (lambda path: None, "cannot be read: No such file"),
-        (lambda path: path.write_bytes(b"not at all a file of tensors"), "no plan for 'paro', or it is damaged"),
-        (lambda path: save_file({"x": torch.ones(1)}, path), "but no plan for 'paro'"),
+        (lambda path: path.write_bytes(b"not at all a file of tensors"), "not a plan for 'paro', or it is damaged"),
+        (lambda path: save_file({"x": torch.ones(1)}, path), "but not a plan for 'paro'"),
         (lambda path: save_file({"x": torch.ones(1)}, path, {"paro_plan": "{"}), "or it is damaged"),
         (lambda path: save_file({"x": torch.ones(1)}, path, {"paro_plan": "[]"}), "or it is damaged"),
         (damaged({"version": 2}), "is a plan of version 2, and this fastdit reads 1; calibrate it again"),

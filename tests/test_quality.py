@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from docstrings import check_class, check_function, check_types, thin_tests
+from docstrings import check_class, check_function, check_types, public_names, thin_tests
 
 RIGHT = '''
 def keep(scores: Tensor, p: float) -> Tensor:
@@ -55,6 +55,39 @@ def test_function(case):
 def test_class(case):
     source, expected = CLASSES[case]
     check(list(check_class(ast.parse(source).body[0])), expected)
+
+
+HEAD = "class Mine(BlockMethod):\n    '''Be.'''\n\n    def "
+INHERITED = {
+    "none": ("forward(self, q: Tensor) -> Tensor: ...", []),
+    "one line": ("forward(self, q: Tensor) -> Tensor:\n        '''Go.'''", []),
+    "own arguments": (
+        "forward(self, q: Tensor) -> None:\n        '''Go.\n\n        Args:\n            p: It.\n        '''",
+        ["missing under Args: q", "not in the signature: p", "tensor q"],
+    ),
+    "overrides none": ("go(self) -> None: ...", ["no docstring"]),
+    "not from there": ("go(self, q: int) -> None:\n        '''Go.'''", ["no Args: section for q"]),
+}
+
+
+@pytest.mark.parametrize("case", INHERITED)
+def test_overrides_inherit_docstrings(case):
+    source, expected = INHERITED[case]
+    check(list(public_names(ast.parse(HEAD + source), command_line=False)), expected)
+
+
+def test_arguments_of_another_function():
+    source = 'def f(capability: tuple[int, int], more: int) -> None:\n    """Do. Arguments as for ``choose_config``."""'
+    check(list(check_function(ast.parse(source).body[0], "f")), ["missing under Args: more"])
+    check(
+        list(check_function(ast.parse(source.replace("choose_config", "no_such")).body[0], "f")), ["capability, more"]
+    )
+
+
+def test_functions_of_a_kernel_follow_the_contract():
+    source = 'def check(q: Tensor) -> str | None:\n    """Say why."""'
+    check(list(public_names(ast.parse(source), command_line=False, kernel=True)), [])
+    check(list(public_names(ast.parse(source), command_line=False)), ["no Args: section for q", "tensor q"])
 
 
 def test_types():

@@ -327,7 +327,7 @@ def test_weights_of_a_file_need_a_model():
         ({"feature_map": "exp"}, "feature_map must be one of softmax, elu, relu, hedgehog, got 'exp'"),
         ({"negligible": 1.0}, r"negligible must be in \[0, 1\), got 1.0"),
         ({"negligible": -0.1}, "negligible must be"),
-        ({"tie": True}, "tie=True needs features that are learned, 'hedgehog'; got 'softmax'"),
+        ({"tie": True}, "tie=True needs feature_map='hedgehog', got 'softmax'"),
         ({"mix_points": 0, "variant": "sla2"}, "mix_points must be a whole number of at least 1, got 0"),
         ({"mix_points": 4}, "mix_points belongs to the mix of variant 'sla2', got variant 'paper'"),
     ],

@@ -44,7 +44,7 @@ def test_the_door_forces_a_variant(case, compensate, variant, poisoned_empty):
 
 def test_specialised_warps_know_no_compensation():
     case = CASES[6]
-    with pytest.raises(RuntimeError, match="variant 'warps' knows no compensation; variant='tma' can run"):
+    with pytest.raises(RuntimeError, match="variant 'warps' does not support compensation; use variant='tma'"):
         block_sparse_attention(
             *case.tensors(torch.bfloat16), case.mask(), kernel="triton", compensate="mean", variant="warps"
         )

@@ -1,4 +1,4 @@
-"""What the fields of a method may hold: their annotations, checked."""
+"""Field types of methods, and the check of values against them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WORDS = {bool: "True or False", int: "a whole number", float: "a finite number"
 
 @dataclass(frozen=True)
 class Allowed:
-    """The values of its type that a field may have, as metadata of ``Annotated``.
+    """A restriction on the values of a field, as metadata of ``Annotated``.
 
     Args:
         text: What the field must be, in words.
-        holds: Whether a value of the type is allowed.
-        hint: What is usual, for the error.
+        holds: Predicate that allowed values of the type satisfy.
+        hint: Advice appended to the error, such as a usual value.
     """
 
     text: str

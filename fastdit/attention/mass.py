@@ -1,4 +1,4 @@
-"""The exact attention map, summed over blocks: row by row of blocks, so that it never exists as a whole."""
+"""Block sums of the exact attention map, computed a few rows at a time so that the map is never stored."""
 
 from __future__ import annotations
 
@@ -61,17 +61,7 @@ def block_mass(
     """Sum the attention map over each pair of blocks.
 
     With a log-sum-exp of an earlier step the sums are no longer exactly normalised: a row of blocks adds up to about
-    the number of its queries. No gradient flows through them.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries, laid out in blocks; the last one may be cut off.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        lse: ``(B, H, Sq)`` log-sum-exp of each row in natural log, of this call or an earlier one; ``None`` takes that
-            of the keys given.
-        scale: Softmax scale.
-        block: Tokens per block, at least 1.
-        lengths_q: ``(B or 1, H or 1, Nq)`` real queries of each block, which come first.
-        lengths_k: ``(B or 1, H or 1, Nk)`` real keys of each block, likewise.
+    the number of its queries. No gradient flows through them. Arguments as for ``attention_rows``.
 
     Returns:
         ``(B, H, Nq, Nk)``, fp32 or better.

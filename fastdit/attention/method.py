@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass that says which blocks of one attention call are computed."""
+"""Base classes and registry of methods, which choose the blocks of an attention call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REGISTRY: dict[str, type[AttentionMethod]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod(ABC):
-    """Choose the blocks of an attention call. A method's fields are its parameters, in Python, JSON and the CLI.
+    """Base class of methods, whose fields are their parameters in Python, JSON and the CLI.
 
     Subclasses are frozen dataclasses, registered by name, and keep nothing between calls but in ``state``. What a field
     may hold is in its annotation, with the types of ``fields.py`` where not every value of a type is allowed.
@@ -88,11 +88,7 @@ class AttentionMethod(ABC):
     def resolve(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Return the pattern of a call: the cached static one, the one of an earlier step, or a new one.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: What this layer remembers.
+        Arguments as for ``pattern``.
         """
         if self.static:
             key = (self, call.tokens, q.device)
@@ -124,28 +120,16 @@ class AttentionMethod(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMethod(AttentionMethod):
-    """Choose blocks, compute them, and stand in for the others if asked to: what nearly every method is.
+    """Base class of block-sparse methods, with optional compensation of skipped blocks.
 
     Args:
-        compensate: ``"mean"`` lets each key block that is left out stand in the same softmax as its mean key, as
-            heavy as the block has keys, with its mean value (SVG-EAR, arXiv 2603.08982); ``None`` leaves it out.
+        compensate: ``"mean"`` adds one mean key and value per skipped block to the softmax, weighted by its size
+            (SVG-EAR, arXiv 2603.08982); ``None`` drops skipped blocks.
     """
 
     compensate: Literal["mean"] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention of the pattern.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: What this layer remembers.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
         pattern = self.resolve(q, k, call, state)
         pattern = replace(pattern, mask=state.mask(pattern, call))
         state.kept = pattern.mask.kept

@@ -1,4 +1,4 @@
-"""Methods that cut the video into blocks along an order of the user's choice."""
+"""Base class of methods with a choice of token orders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Order = Annotated[str, Allowed(f"one of {', '.join(ORDERS)}", ORDERS.__contains_
 
 @dataclass(frozen=True, kw_only=True)
 class OrderedMethod(BlockMethod):
-    """Put the video into an order, and cut it into blocks one after the other.
+    """Base class of methods that cut the video into blocks along a token order.
 
     Args:
         block_size: Tokens per block, a power of two in [16, 256].
@@ -57,11 +57,7 @@ class OrderedMethod(BlockMethod):
         return token_order(tokens.grid, self.order, self.tile)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
-        """Return the order, ``(n,)`` int64, if it leaves no gap between video and text, which starts on a block.
-
-        Args:
-            tokens: What the sequence is made up of, in raster order.
-        """
+        """Return the order, ``(n,)`` int64, if it leaves no gap between video and text, which starts on a block."""
         return order_without_gaps(tokens, self.video_order(tokens), block=self.block_size)
 
     def _build(self, call: AttentionCall, device: torch.device) -> TokenLayout:

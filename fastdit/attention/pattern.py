@@ -20,7 +20,7 @@ Group = tuple[int, Heads]
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """What a method decides for one call: the order of the tokens, and the blocks computed in that order.
+    """The decision of a method for one call: token order, and the blocks computed in that order.
 
     Args:
         layout: The order. Its block is a multiple of both block sizes of the mask.

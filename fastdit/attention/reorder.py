@@ -1,4 +1,4 @@
-"""Tokens taken through a layout: put into its order and back, averaged over its blocks or parts of them."""
+"""Reordering of tokens by a layout, and means over its blocks or parts of blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection maths that methods share: pooling, scores of blocks, and which of them are kept. All of it in fp32."""
+"""Block selection shared by methods, in fp32: pooling, scores, and rules that keep blocks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ SCORES_AT_ONCE = 1 << 24
 def pool_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
     """Average the real tokens of each block.
 
-    Args:
-        x: ``(B, H, S_padded, D)`` laid out tokens, any float dtype; what padding holds does not matter.
-        block: Tokens per block, at least 1.
-        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
+    Arguments as for ``means_of_blocks``.
 
     Returns:
         ``(B, H, N, D)`` fp32; 0 for a block without tokens.
@@ -31,42 +28,12 @@ def pool_blocks(x: Tensor, block: int, lengths: Tensor) -> Tensor:
     Raises:
         ValueError: The blocks do not fit the sequence.
     """
-    _check_blocks(x, block, lengths)
-    return means_of_blocks(x, block, lengths)
-
-
-def pool_extremes(x: Tensor, block: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the smallest and the largest value of the real tokens of each block, channel by channel.
-
-    Args:
-        x: ``(B, H, S_padded, D)`` laid out tokens, any float dtype; what padding holds does not matter.
-        block: Tokens per block, at least 1.
-        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
-
-    Returns:
-        Minima and maxima, ``(B, H, N, D)`` fp32 each; 0 for a block without tokens.
-
-    Raises:
-        ValueError: The blocks do not fit the sequence.
-
-    Source: Quest (arXiv 2406.10774), section 3.2, where they bound the scores of a block.
-    """
-    _check_blocks(x, block, lengths)
-    parts = F.pad(x, (0, 0, 0, lengths.shape[-1] * block - x.shape[2])).unflatten(2, (-1, block))
-    parts = parts.to(torch.promote_types(x.dtype, torch.float32))
-    real = (torch.arange(block, device=x.device) < lengths[..., None])[..., None]
-    empty = (lengths == 0)[..., None]
-    low = parts.masked_fill(~real, torch.inf).amin(3).masked_fill(empty, 0)
-    high = parts.masked_fill(~real, -torch.inf).amax(3).masked_fill(empty, 0)
-    return low, high
-
-
-def _check_blocks(x: Tensor, block: int, lengths: Tensor) -> None:
     if not 0 <= lengths.shape[-1] * block - x.shape[2] < block:
         raise ValueError(
             f"{lengths.shape[-1]} blocks of {block} do not fit a sequence of {x.shape[2]} positions; "
             "give the lengths of the layout that it was put into"
         )
+    return means_of_blocks(x, block, lengths)
 
 
 def sample_tokens(lengths: Tensor, block: int, samples: int, *, heads: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a method may remember, and where patterns are kept between calls. The handle owns all of it."""
+"""Memory of methods and cache of patterns between calls, owned by the handle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Entry = TypeVar("Entry")
 
 @dataclass
 class PatternCache:
-    """Keep what depends on nothing but the make-up of the tokens, such as static patterns.
+    """A cache of what depends on the token layout alone, such as static patterns.
 
     Threads may share it: what is missing is built by one of them while the others wait. A copy of it starts empty.
 
@@ -92,7 +92,7 @@ class PatternCache:
 
 @dataclass
 class MethodState:
-    """Hold what one layer remembers in one guidance branch, from one denoising step to the next.
+    """The memory of one layer in one guidance branch between denoising steps.
 
     Args:
         cache: Static patterns, shared by all layers.

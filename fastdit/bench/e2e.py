@@ -1,4 +1,4 @@
-"""How much faster whole videos are: measured, and as the share of attention predicts."""
+"""End-to-end benchmark: measured speed-up of whole videos, and the one Amdahl's law predicts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Enable = Callable[[Any], SparseAttention]
 
 @dataclass(frozen=True)
 class Timing:
-    """Hold how long a video took in seconds, and what its attention computed.
+    """Times of a video in seconds, and densities of its attention.
 
     Args:
         seconds: All of it.
         attention_seconds: All calls of self-attention.
-        steps: Each denoising step that was timed; empty if nobody knows.
+        steps: Each denoising step that was timed; empty if unknown.
         density: Mean of the sparse calls, in (0, 1]; ``None`` if there were none.
-        overall_density: Mean of all calls, in (0, 1]; ``None`` if nobody knows.
+        overall_density: Mean of all calls, in (0, 1]; ``None`` if unknown.
     """
 
     seconds: float
@@ -47,14 +47,14 @@ class Timing:
         Args:
             handle: What counted its attention.
             seconds: All of it.
-            steps: Each denoising step; empty if nobody knows.
+            steps: Each denoising step; empty if unknown.
         """
         return cls(seconds, handle.attention_seconds, steps, handle.density, handle.overall_density)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Say what is timed.
+    """A pipeline to time.
 
     Args:
         target: The pipeline whose attention is made sparse.

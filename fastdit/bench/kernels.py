@@ -1,4 +1,4 @@
-"""How fast kernels are: our own and everything that is installed, over the same blocks, each checked first."""
+"""Kernel benchmark: our kernels and all installed ones on the same blocks, each verified first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How near methods come to dense attention at equal density, on calls made up or captured from a pipeline."""
+"""Method benchmark: error against dense attention at equal density, on synthetic or captured calls."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
         ``density``, ``recall`` (``None`` where the output is not that of a pattern) and ``error``, the relative L2
         error of the output, all means over heads; ``heads``: the errors of each; seconds of the first call of a video,
         of a later one with the blocks that are there, those of it for the order of tokens, and of choosing blocks anew
-        in between, 0 for a static pattern. ``fault`` instead, if an output is no number.
+        in between, 0 for a static pattern. ``fault`` instead, if an output is not finite.
     """
     q, k, v, call = sample.q, sample.k, sample.v, sample.call
     state = MethodState()
@@ -132,7 +132,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     # From its first call, which may be a dense one, a method may learn what later ones leave out.
     out, seconds, spent = run()
     if out.shape != q.shape or not torch.isfinite(out).all():
-        return {"fault": f"{sample.name}: the output has values that are no numbers, or the wrong shape"}
+        return {"fault": f"{sample.name}: the output has NaN or Inf, or the wrong shape"}
     pattern = known_pattern(method, q, k, call, state)
     heads = sample.errors(out, dense)
     return {

@@ -1,4 +1,4 @@
-"""What sparse attention does to videos: each setting beside dense of the same prompt and seed, at equal density."""
+"""Quality benchmark: each setting against the dense video of the same prompt and seed, at equal density."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPARSE = 0.7
 
 @dataclass(frozen=True)
 class Studio:
-    """Make videos with a pipeline.
+    """A pipeline that makes videos, and where they are kept.
 
     Args:
         pipeline: The pipeline.
@@ -45,7 +45,7 @@ class Studio:
         folder: Where videos go; ``None`` keeps none.
         write: Writes frames to a file of videos.
         pair: Puts two videos next to each other.
-        judge: Scores a video of a prompt beyond its likeness to dense, as the demo can; ``None`` if nobody can.
+        judge: Scores how well a video shows its prompt, as the demo can; ``None`` without such a score.
     """
 
     pipeline: Any
@@ -157,7 +157,7 @@ def _measure(
         clip, handle = _video(studio, prompt, seed, partial(setting.enable, method=method, density=asked))
         advance()
         if not np.isfinite(clip).all():
-            outcome.faults[part] = "the video has values that are no numbers"
+            outcome.faults[part] = "the video has NaN or Inf"
             continue
         files = keep(studio, folder, title, clip, reference)
         outcome.rows[part] = {

@@ -1,4 +1,4 @@
-"""Transformers of real models with random weights, which take as long as the real ones and show nothing."""
+"""Transformers of real models with random weights, for timing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WAN = {
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Say how a transformer is made and called.
+    """The configuration of a transformer and the inputs of its forward.
 
     Args:
         class_name: Of diffusers.
@@ -112,14 +112,7 @@ MODELS: dict[str, RandomModel] = {
     ),
     "wan-2.2-5b": RandomModel(
         "WanTransformer3DModel",
-        {
-            **_WAN,
-            "num_layers": 30,
-            "num_attention_heads": 24,
-            "ffn_dim": 14336,
-            "in_channels": 48,
-            "out_channels": 48,
-        },
+        {**_WAN, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
         _patched,
         (512, 4096),
     ),
@@ -165,7 +158,7 @@ def problem_preset(problem: Problem) -> Preset:
 
 @dataclass(eq=False)
 class RandomScheduler:
-    """Stand in for a scheduler.
+    """A minimal scheduler.
 
     Args:
         timesteps: ``(steps,)``, falling.
@@ -178,7 +171,7 @@ class RandomScheduler:
 
 @dataclass(frozen=True, eq=False)
 class RandomPipeline:
-    """Stand in for a pipeline, which says at which step it is: schedules are in fractions of all steps.
+    """A minimal pipeline that tracks its step, because schedules are fractions of all steps.
 
     Args:
         transformer: The model.

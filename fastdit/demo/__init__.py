@@ -69,7 +69,7 @@ def load_pipeline(dtype: torch.dtype | None = None, device: str = "cpu") -> WanP
     index = WEIGHTS / "model_index.json"
     if not index.is_file():
         raise DemoWeightsError(
-            f"the demo's weights are not there: no file {index}; reinstall fastdit, "
+            f"the demo's weights are missing: no file {index}; reinstall fastdit, "
             "or train them with `python -m tools.train_demo.train`"
         )
     _check_weights()
@@ -93,7 +93,7 @@ def _check_weights() -> None:
         files = list((WEIGHTS / part).glob("*.safetensors"))
         if not files:
             raise DemoWeightsError(
-                f"the demo's weights are not complete: no .safetensors in {WEIGHTS / part}; reinstall fastdit"
+                f"the demo's weights are incomplete: no .safetensors in {WEIGHTS / part}; reinstall fastdit"
             )
         for file in files:
             try:

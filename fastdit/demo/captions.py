@@ -65,7 +65,7 @@ FILLERS = "a|an|the|one|to|plain|bright|vivid|with|its|is|of|in|front"
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says. An empty ``size``/``kind`` is the middle size/a plain background.
+    """The attributes of a caption. An empty ``size`` is the middle size, an empty ``kind`` a plain background.
 
     ``color``, ``shape``, ``motion`` and ``background`` are ``None`` where the caption is silent.
     """

@@ -14,7 +14,7 @@ FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows; a field is ``None`` where nothing could be made out."""
+    """The attributes read from a clip; a field is ``None`` where nothing was recognised."""
 
     color: str | None
     shape: str | None

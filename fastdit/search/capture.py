@@ -67,30 +67,11 @@ class Probe(AttentionMethod):
     name = "probe"
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Return the pattern of dense attention.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Not used.
-        """
         return _DENSE.pattern(q, k, call, state)
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Return the dense result, and score every candidate beside it.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: Takes note of the density, which is 1.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Return the dense result, and score every candidate beside it."""
         if call.layer in self.alone:
             return self._run(self.alone[call.layer], q, k, v, call)[0]
         out = _DENSE.forward(q, k, v, call, state)

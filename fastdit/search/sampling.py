@@ -126,12 +126,6 @@ class SampledSteps(Schedule):
     def dense_reason(self, layer: int, num_layers: int, step: int, num_steps: int | None) -> str | None:
         """Say why a call is left alone, or return ``None`` if it is sampled.
 
-        Args:
-            layer: Layer index, from 0.
-            num_layers: Layers in the transformer, at least 1.
-            step: Step index, from 0.
-            num_steps: Steps of the run.
-
         Raises:
             ValueError: ``num_steps`` is unknown, or all steps are dense.
         """

@@ -6,16 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from fastdit.demo.captions import (
-    BACKGROUND_COLORS,
-    FILLERS,
-    KINDS,
-    MOTIONS,
-    OBJECT_COLORS,
-    SHAPES,
-    SIZES,
-    SYNONYMS,
-)
+from fastdit.demo.captions import BACKGROUND_COLORS, FILLERS, KINDS, MOTIONS, OBJECT_COLORS, SHAPES, SIZES, SYNONYMS
 
 LATENT_CHANNELS = 8
 FLOW_SHIFT = 3.5

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossLog:
-    """Appends ``{"step": .., ...}`` lines to a JSONL file."""
+    """A JSONL log of ``{"step": .., ...}`` lines."""
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path

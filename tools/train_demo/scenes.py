@@ -8,13 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastdit.demo.captions import (
-    BACKGROUND_COLORS,
-    OBJECT_COLORS,
-    Attributes,
-    sample_attributes,
-    write_caption,
-)
+from fastdit.demo.captions import BACKGROUND_COLORS, OBJECT_COLORS, Attributes, sample_attributes, write_caption
 
 RADIUS = {"small": 0.15, "": 0.185, "big": 0.22}
 STRIPES = 8

@@ -184,11 +184,7 @@ def train_dit(
         if rank:
             return
         save_checkpoint(
-            path,
-            model=transformer.state_dict(),
-            optimizer=optimizer.state_dict(),
-            average=average.weights,
-            step=step,
+            path, model=transformer.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step
         )
 
     saved = began = time.monotonic()

@@ -39,10 +39,7 @@ class VaePhase:
     cut: float
 
 
-PHASES = (
-    VaePhase(0.97, 13, 64, 1, 0.5),
-    VaePhase(1.0, 29, 80, 1, 0.2),
-)
+PHASES = (VaePhase(0.97, 13, 64, 1, 0.5), VaePhase(1.0, 29, 80, 1, 0.2))
 
 
 def sample_crops(rng: np.random.Generator, phase: VaePhase) -> Tensor:
@@ -62,9 +59,7 @@ def _crop(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
     start = int(rng.integers(45 - frames + 1))
     top, left = _corner(rng, scene, start + frames // 2, size)
     return scene.render(
-        frames=slice(start, start + frames),
-        rows=slice(top, top + size),
-        columns=slice(left, left + size),
+        frames=slice(start, start + frames), rows=slice(top, top + size), columns=slice(left, left + size)
     )
 
 
@@ -93,12 +88,7 @@ def decode_raw(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     for i in range(x.shape[2]):
         vae._conv_idx = [0]
         out.append(
-            vae.decoder(
-                x[:, :, i : i + 1],
-                feat_cache=vae._feat_map,
-                feat_idx=vae._conv_idx,
-                first_chunk=i == 0,
-            )
+            vae.decoder(x[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
         )
     vae.clear_cache()
     return unpatchify(torch.cat(out, 2), patch_size=vae.config.patch_size)
@@ -144,11 +134,7 @@ def train_vae(work: Path, steps: int, device: str, seed: int, save_every: float 
         if rank:
             return
         save_checkpoint(
-            path,
-            model=vae.state_dict(),
-            optimizer=optimizer.state_dict(),
-            average=average.weights,
-            step=step,
+            path, model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average.weights, step=step
         )
 
     saved = began = time.monotonic()
@@ -205,8 +191,4 @@ def measure_vae(vae: AutoencoderKLWan, seeds: range, device: str = "cpu") -> dic
         error = (vae.decode(vae.encode(clip).latent_dist.mean).sample - clip).square()
         whole.append(10.0 * torch.log10(4.0 / error.mean()).item())
         last.append(10.0 * torch.log10(4.0 / error[:, :, -8:].mean()).item())
-    return {
-        "psnr": float(np.mean(whole)),
-        "worst": float(np.min(whole)),
-        "last_frames": float(np.mean(last)),
-    }
+    return {"psnr": float(np.mean(whole)), "worst": float(np.min(whole)), "last_frames": float(np.mean(last))}

@@ -1,4 +1,4 @@
-"""Kernels: they compute listed blocks and know neither models nor methods; ``dispatch`` is the only door to them."""
+"""Block-sparse attention kernels, independent of models and methods; ``dispatch`` is their entry point."""
 
 from .dispatch import (
     block_sparse_attention,

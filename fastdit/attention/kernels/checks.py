@@ -1,4 +1,4 @@
-"""What the lists of a mask promise to the kernels, checked on their device."""
+"""Validation of the block lists that kernels rely on, on their device."""
 
 from __future__ import annotations
 

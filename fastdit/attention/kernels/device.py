@@ -1,4 +1,4 @@
-"""Which helpers run as Triton kernels: those on an NVIDIA GPU without a gradient. All others are eager."""
+"""Device checks: helpers run as Triton kernels on NVIDIA GPUs without gradients, and eagerly elsewhere."""
 
 from __future__ import annotations
 

@@ -1,10 +1,15 @@
-"""The only door to the kernels: ``block_sparse_attention`` computes listed blocks and knows nothing else.
+"""Kernel entry point: ``block_sparse_attention`` checks a call, chooses a kernel and runs it.
 
-A kernel is one module beside this one with three functions: ``available()`` and ``check(q, k, v, mask, options)``
-return the reason why it cannot run, on this machine at all or for this call, or ``None``; ``run(q, k, v, mask,
-options)`` computes. What ``options`` asks for is in ``options.py``; a kernel refuses in ``check`` what it does not
-know. One that knows low precision may have ``no_gain(q, options)`` too, the reason why that runs but is not faster. Its
-name is then added to one of the two tuples below.
+A kernel is a module in this package whose name is in one of the two tuples below, with these functions:
+
+- ``available()``: the reason why it cannot run on this machine, or ``None``.
+- ``check(q, k, v, mask, options)``: the reason why it cannot run for a call, or ``None``. It refuses every option of
+  ``options.py`` that it does not support.
+- ``run(q, k, v, mask, options)``: the output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp of
+  each row, ``(B, H, Sq)`` fp32, or fp64 for fp64 inputs. A row without keys is 0 and -inf.
+- ``no_gain(q, options)``, optional: the reason why low precision runs but is not faster, or ``None``.
+
+``q`` is ``(B, H, Sq, D)``, ``k`` and ``v`` are ``(B, H, Sk, D)``; ``mask`` lists the blocks.
 """
 
 from __future__ import annotations
@@ -97,14 +102,7 @@ def choose_kernel(
 ) -> str:
     """Name the kernel that ``block_sparse_attention`` runs for these arguments.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        kernel: The kernel asked for, or ``None``.
-        compensate: The compensation asked for, or ``None``.
-        precision: The precision asked for, or ``None``.
+    Arguments as for ``block_sparse_attention``.
 
     Raises:
         ValueError: Shapes, devices or the mask do not fit each other, or there is no such kernel or option.
@@ -127,16 +125,7 @@ def low_precision_reason(
 ) -> str | None:
     """Say why a call had better run in the precision of its inputs than in a low one, or return ``None``.
 
-    Nothing is read but shapes, dtypes and devices.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        kernel: The kernel asked for, or ``None``.
-        compensate: The compensation asked for, or ``None``.
-        precision: The low precision: ``"int8"`` or ``"int8_fp8"``.
+    Nothing is read but shapes, dtypes and devices. Arguments as for ``block_sparse_attention``.
 
     Raises:
         ValueError: There is no such kernel or option.
@@ -162,13 +151,7 @@ def check_call(
 ) -> None:
     """Check what a call brings with it, before blocks are chosen.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        scale: The softmax scale asked for, or ``None``.
-        kernel: The kernel asked for, or ``None``.
-        precision: The precision asked for, or ``None``.
+    Arguments as for ``block_sparse_attention``.
 
     Raises:
         ValueError: Shapes or devices do not fit each other, the scale is not finite, or there is no such kernel or
@@ -202,14 +185,7 @@ def explain_kernels(
     """Say for each kernel why it cannot run, ``None`` where it can.
 
     Without tensors the answer is about this machine, with all of them about that call.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        compensate: The compensation asked for, or ``None``.
-        precision: The precision asked for, or ``None``.
+    Arguments as for ``block_sparse_attention``.
 
     Raises:
         ValueError: Only some arguments are given, they do not fit each other, or there is no such option.
@@ -227,12 +203,7 @@ def explain_kernels(
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor | None = None) -> None:
     """Check that tensors and mask fit each other, before anything is computed.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        index: ``(1 or H, n)`` int64, the token at each position of the mask's sequence; default: the positions.
+    Arguments as for ``block_sparse_attention``.
 
     Raises:
         ValueError: Shapes, devices or the mask do not fit each other.
@@ -276,10 +247,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check that queries, keys and values fit each other.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
+    Arguments as for ``block_sparse_attention``.
 
     Raises:
         ValueError: Shapes or devices do not fit each other.

@@ -1,4 +1,4 @@
-"""FlashAttention-4's kernels over listed blocks, from the package flash-attn-4, for compute capability 9.0 and 10.x."""
+"""FlashAttention-4 over listed blocks, from the package flash-attn-4, for compute capability 9.0 and 10.x."""
 
 from __future__ import annotations
 
@@ -30,15 +30,7 @@ def available() -> str | None:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-    """
+    """Return why this kernel cannot run for these arguments, or ``None``."""
     if not q.is_cuda:
         return f"it needs CUDA tensors, got {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -47,7 +39,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         return "it needs q, k and v with a contiguous last axis; call .contiguous()"
     for name in ("compensate", "precision", "variant"):
         if getattr(options, name) is not None:
-            return f"it does not know {name}={getattr(options, name)!r}; set {name}=None"
+            return f"it does not support {name}={getattr(options, name)!r}; set {name}=None"
     if options.index is not None:
         return "it takes tokens in the order of the mask and no index; put them in order"
     if options.scale <= 0:
@@ -59,7 +51,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
 def shape_reason(
     capability: tuple[int, int], head_dim: int, tokens_q: int, block_q: int, block_k: int, *, backward: bool
 ) -> str | None:
-    """Return why the package has no kernel for some sizes, or ``None``.
+    """Return why the package has no kernel for these sizes, or ``None``.
 
     Its tiles must divide the blocks of queries, and be the blocks of keys, which only 10.x can split. On 10.x a program
     takes two tiles of queries at once.
@@ -90,19 +82,7 @@ def shape_reason(
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks; compiled at the first call of a kind, which takes seconds.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries, last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        v: ``(B, H, Sk, D)`` values, likewise.
-        mask: The blocks.
-        options: How.
-
-    Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32, which
-        carries no gradient.
-    """
+    """Compute the attention of listed blocks; compiled at the first call of a kind, which takes seconds."""
     attention = importlib.import_module("flash_attn.cute").flash_attn_func
     blocks = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
     size = (mask.block_q, mask.block_k)
@@ -121,7 +101,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> t
 
 
 def key_lists(mask: BlockMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the key blocks of each query block, as the package wants them, made once per mask.
+    """Return the key blocks of each query block, in the format of the package, computed once per mask.
 
     Nothing waits for the device, so every list has room for all key blocks.
 
@@ -144,7 +124,7 @@ def key_lists(mask: BlockMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def query_lists(mask: BlockMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the query blocks of each key block, as the backward of the package wants them, made once per mask.
+    """Return the query blocks of each key block, in the format of the package's backward, computed once per mask.
 
     Args:
         mask: The blocks.
@@ -173,7 +153,7 @@ def key_ends(mask: BlockMask) -> Tensor:
 
 @cache
 def _real_keys(block_k: int) -> Callable[..., Any]:
-    """Make what the package compiles into its loop over ragged blocks: whether a key is real."""
+    """Make the mask function of ragged blocks that the package compiles in: whether a key is real."""
     cutlass, cute = importlib.import_module("cutlass"), importlib.import_module("cutlass.cute")
     as_vector = importlib.import_module("flash_attn.cute.utils").scalar_to_ssa
     integer = cutlass.Int32

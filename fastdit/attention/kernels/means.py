@@ -1,4 +1,4 @@
-"""What stands in for blocks that are not listed: one key each, the mean of its real keys, as heavy as they are many.
+"""Mean keys and values of blocks; with compensation each skipped block counts as one mean key, weighted by its size.
 
 Source: SVG-EAR (arXiv 2603.08982), section 4, where the blocks are clusters of tokens.
 """

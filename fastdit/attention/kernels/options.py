@@ -1,4 +1,4 @@
-"""How one call of the door is to be computed, apart from its tensors and its mask."""
+"""Options of a kernel call besides its tensors and its mask."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ E4M3_MAX = 448
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """Say how listed blocks are computed; every kernel gets one.
+    """Options of a kernel call.
 
     Args:
         scale: Softmax scale, finite.
-        compensate: What stands in for blocks that are not listed: one of ``COMPENSATIONS``, or ``None``.
+        compensate: What replaces blocks that are not listed: one of ``COMPENSATIONS``, or ``None``.
         precision: Of the products: one of ``PRECISIONS``, or ``None`` for that of the inputs.
         variant: How a kernel of several variants reads full blocks, for tests and tuning: ``"loads"``: every thread
             copies its part; ``"tma"``: by tensor descriptors; ``"warps"``: likewise, by warps that do nothing else.

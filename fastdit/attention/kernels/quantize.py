@@ -1,4 +1,4 @@
-"""What the low precisions mean. ``reference`` computes by these functions, and every kernel is held to it.
+"""Definition of the low precisions. ``reference`` uses these functions, and every kernel is tested against it.
 
 ``"int8"``: products of queries and keys.
 
@@ -15,7 +15,7 @@
    are divided by is that of the unrounded ones. A kernel that does not know a row's largest logit beforehand takes
    the largest so far.
 
-Means that stand in for blocks (``means.py``) are those of the smoothed keys and of the values, and are not quantised:
+Means of skipped blocks (``means.py``) are those of the smoothed keys and of the values, and are not quantised:
 neither they, nor the queries that they meet, nor their probabilities. The row's largest logit counts theirs.
 
 Means, scales and quotients are computed in fp32, fp64 for fp64 inputs. Rounding is to nearest, half to even.
@@ -35,7 +35,7 @@ from .options import E4M3_MAX, INT8_MAX
 
 
 def smooth_keys(k: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Take the mean of all real keys off the keys.
+    """Subtract the mean of all real keys from the keys.
 
     Args:
         k: ``(B, H, Sk, D)`` keys; padding may hold anything finite.

@@ -1,4 +1,4 @@
-"""The oracle: attention of listed blocks straight from its definition, on any device, in fp64 if asked."""
+"""Reference kernel: block-sparse attention straight from its definition, on any device, up to fp64."""
 
 from __future__ import annotations
 
@@ -20,33 +20,14 @@ def available() -> str | None:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments: it always can.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-    """
+    """Return why this kernel cannot run for these arguments: it always can."""
     if options.variant is not None:
         return f"it has no variants, got variant={options.variant!r}"
     return None
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks, one head at a time, in fp32 or better.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-
-    Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32 or fp64.
-    """
+    """Compute the attention of listed blocks, one head at a time, in fp32 or better."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads = q.shape[:2]
     if options.index is not None:

@@ -1,4 +1,4 @@
-"""Which blocks stand in by their means, and how heavy they are."""
+"""Skipped blocks whose means join the softmax, and their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...mask import BlockMask
 
 
 def dropped_blocks(mask: BlockMask) -> Tensor:
-    """Mark the key blocks that stand in, worked out once per mask: ``(B or 1, H or 1, Nq, Nk)`` bool.
+    """Mark the skipped key blocks, computed once per mask: ``(B or 1, H or 1, Nq, Nk)`` bool.
 
     True where a query block does not list a key block that holds real keys.
 
@@ -22,7 +22,7 @@ def dropped_blocks(mask: BlockMask) -> Tensor:
 
 
 def log_sizes(mask: BlockMask, dtype: torch.dtype) -> Tensor:
-    """Return what is added to the logits of the means: ``(B or 1, H or 1, Nk)``, the natural log of their real keys.
+    """Return the bias on the logits of mean keys: ``(B or 1, H or 1, Nk)``, the natural log of their real keys.
 
     Args:
         mask: The blocks.

@@ -1,4 +1,4 @@
-"""The lists of a mask the other way round: for each key block, the query blocks that attend to it."""
+"""Transposed block lists: for each key block, the query blocks that attend to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...mask import BlockMask, listed_entries
 
 @dataclass(frozen=True, eq=False)
 class TransposedLists:
-    """List, for each key block, the query blocks that attend to it; each list is ascending.
+    """Ascending lists of the query blocks that attend to each key block.
 
     Query blocks that list every key block stand once, after all lists, and belong to each of them.
 
@@ -30,7 +30,7 @@ class TransposedLists:
 
 
 def transposed_lists(mask: BlockMask) -> TransposedLists:
-    """Turn the lists of a mask round, once per mask; on a GPU nothing waits for the device.
+    """Transpose the lists of a mask, once per mask and without waiting for the GPU.
 
     Args:
         mask: The blocks.

@@ -1,4 +1,4 @@
-"""AdaSpa: the exact attention map of an early step says which blocks matter in later ones."""
+"""AdaSpa: blocks chosen from the exact attention map of an earlier step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Recall = Annotated[
 @register("adaspa")
 @dataclass(frozen=True, kw_only=True)
 class AdaSpa(OrderedMethod):
-    """Attend to the blocks with the largest exact attention mass, searched for at few steps and kept in between.
+    """Attention to the blocks with the largest exact attention mass, searched at a few steps and kept in between.
 
     The first search of a video is a full attention, which is the result of that call, and a second pass over queries
     and keys that sums the attention map over blocks. Later searches reuse the log-sum-exp of the first, which changes
@@ -57,14 +57,7 @@ class AdaSpa(OrderedMethod):
     recall_threshold: Recall = 0.8
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Keep the heaviest blocks of each row, by the log-sum-exp remembered or, without one, by that of this call.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Keeps the log-sum-exp, 4 bytes for each query and head.
-        """
+        """Keep the heaviest blocks of each row, by the log-sum-exp remembered or, without one, by that of this call."""
         layout = self.layout(call, q.device, state)
         q, k = lay_out(layout, q, k)
         lse = _remembered(q, call, state)
@@ -102,18 +95,7 @@ class AdaSpa(OrderedMethod):
         return pattern_of(layout, blocks, max_count=base + step)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention of the pattern; at the first search of a video, full attention.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: What this layer remembers.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Compute the attention of the pattern; at the first search of a video, full attention."""
         layout = self.layout(call, q.device, state)
         if _remembered(q, call, state) is not None:
             return super().forward(q, k, v, call, state)

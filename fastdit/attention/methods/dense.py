@@ -1,4 +1,4 @@
-"""The baseline: the model's own attention call."""
+"""Dense attention, the baseline."""
 
 from __future__ import annotations
 
@@ -22,20 +22,12 @@ BLOCK = 128
 @register("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(AttentionMethod):
-    """Attend to everything: inside a pipeline this is the stock attention call, untouched."""
+    """Full attention; inside a pipeline the stock attention call, untouched."""
 
     static: ClassVar[bool] = True
     stock: ClassVar[bool] = True
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Keep every block, in raster order.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Not used.
-        """
         layout = TokenLayout.build(call.tokens, block=BLOCK, device=q.device)
         lengths = layout.lengths()
         blocks = torch.ones(layout.num_blocks, layout.num_blocks, dtype=torch.bool, device=q.device)
@@ -45,18 +37,6 @@ class Dense(AttentionMethod):
         return Pattern(layout, mask)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Attend to everything but padding.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: Takes note of the density, which is 1 but for padding.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
         state.kept = torch.ones((), dtype=torch.float32, device=q.device)
         allowed = None if call.key_padding is None else ~call.key_padding[:, None, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=call.scale)

@@ -1,4 +1,4 @@
-"""DraftAttention: a low-resolution attention map says which tiles matter."""
+"""DraftAttention: tiles chosen from a low-resolution attention map."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DraftTile = Annotated[
 @register("draft")
 @dataclass(frozen=True, kw_only=True)
 class Draft(BlockMethod):
-    """Attend to the tile pairs that carry most of a low-resolution draft of the attention map.
+    """Attention to the tile pairs that carry most of a low-resolution attention map.
 
     Queries and keys are averaged over tiles of the video; per head, the largest entries of the draft map as a whole
     are kept, so busy tiles get more keys than quiet ones. Tokens are computed tile by tile. Tiles cut off at the end
@@ -44,7 +44,7 @@ class Draft(BlockMethod):
         density: Fraction of tile pairs to keep, in (0, 1]. The paper keeps 0.25 (Wan 2.1) and 0.1 (HunyuanVideo).
         tile: ``(frames, height, width)`` tokens of a tile, at most 256 in all; (1, 8, 16) in the paper. ``None`` takes
             the shape of at most 128 tokens of one frame that suits the grid best (``layout.fitting_tile``): tiles cut
-            off take room as whole ones do, which on small frames makes up most of the work.
+            off cost as much as whole ones, which on small frames is most of the work.
         per_row: Keep the fraction in each row of the map, so that all tiles get equally many keys; not in the paper.
         parts: Runs of tokens that a tile is cut into, each with a mean of its own, a power of two up to the tokens
             of a block. More find more of the attention, and the map costs their square; 1 in the paper.
@@ -71,14 +71,7 @@ class Draft(BlockMethod):
         return max(16, 1 << (math.prod(self.tile or PUBLISHED_TILE) - 1).bit_length())
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Draft the attention map and keep its largest entries.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Keeps the layout, which depends on the grid alone.
-        """
+        """Draft the attention map and keep its largest entries."""
         key = ("draft", self.tile, call.tokens, q.device)
         layout = state.cache.static(key, lambda: self._layout(call, q.device))
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
@@ -105,11 +98,7 @@ class Draft(BlockMethod):
         return pattern_of(layout, kept, max_count=max_count)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
-        """Return the order of the tiles, ``(n,)`` int64, if each of them fills its block.
-
-        Args:
-            tokens: What the sequence is made up of, in raster order.
-        """
+        """Return the order of the tiles, ``(n,)`` int64, if each of them fills its block."""
         order, sizes = self._tiles(tokens.grid)
         return order_without_gaps(tokens, order, block=self.block_size, segments=sizes)
 

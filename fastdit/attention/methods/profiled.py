@@ -1,4 +1,4 @@
-"""Tiles of the shape that suits each head, found out while the model runs."""
+"""Tiles whose shape each head chooses while the model runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Tiles = Annotated[
 @register("profiled")
 @dataclass(frozen=True, kw_only=True)
 class Profiled(BlockMethod):
-    """Cut the video into tiles of a shape that each head chooses, and attend to the tiles that matter.
+    """Attention to the heaviest tiles, whose shape each head chooses.
 
     Heads that look at a row, a column or one place in all frames need other tiles than those that look at what is near.
     In the first sparse call of a video each layer computes a few queries exactly, and with the blocks that it would
@@ -67,18 +67,7 @@ class Profiled(BlockMethod):
             raise ValueError(f"parts must divide a block of {self.block_size} tokens, got {self.parts!r}; 8 is usual")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention, in the first call of a video after each head has got its shape.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: Keeps the shapes for the video.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Compute the attention, in the first call of a video after each head has got its shape."""
         if len(q) > 1:
             return self._one_by_one(q, k, v, call, state)
         if _chosen(q, call, state) is None:
@@ -88,12 +77,6 @@ class Profiled(BlockMethod):
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Keep the best blocks of each row, in the tiles that each head has chosen.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Brings the shapes; without a ``forward`` before, they are chosen by the mean of the keys that matter.
 
         Raises:
             ValueError: Samples of the batch choose different shapes, so that there is no one pattern.
@@ -169,7 +152,7 @@ def _errors(
     choices: list[tuple[TokenLayout, Tensor]],
     call: AttentionCall,
 ) -> Tensor:
-    """Say how far what a few queries get from each choice is from what they should get: ``(choices, B, h)``.
+    """Return the squared error of each choice on a few queries: ``(choices, B, h)``.
 
     It is in fp32, or fp64 for fp64.
 
@@ -178,7 +161,7 @@ def _errors(
         k: ``(B, h, S, D)`` keys.
         v: ``(B, h, S, D)`` values.
         rows: ``(n,)`` int64, which tokens the queries are.
-        method: Says whether means stand in.
+        method: The method, which says whether skipped blocks are compensated.
         choices: For each shape the layout, and ``(B, h, N, N)`` bool, the blocks.
         call: The call.
     """

@@ -23,7 +23,7 @@ COUNTS_AT_ONCE = 1 << 22
 @register("radial")
 @dataclass(frozen=True, kw_only=True)
 class Radial(OrderedMethod):
-    """Attend fully to the same and the neighbouring frames, and in ever narrower bands to frames further away.
+    """Full attention to the same and neighbouring frames, and ever narrower bands to frames further away.
 
     Each doubling of the distance between two frames halves the band; where it would fall below ``min_band`` tokens,
     frame pairs are left out instead. The number of blocks grows as O(n log n) with the number of frames.
@@ -52,14 +52,6 @@ class Radial(OrderedMethod):
     min_band: Count = 128
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Build the bands for a grid.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the layout.
-        """
         grid, layout = call.tokens.grid, self.layout(call, q.device, state)
         in_raster = self.order in ("raster", "fhw")
         blocks = radial_blocks(

@@ -24,7 +24,7 @@ GOLDEN = (5**0.5 - 1) / 2
 @register("diagonal")
 @dataclass(frozen=True, kw_only=True)
 class Diagonal(OrderedMethod):
-    """Attend to a band around each query: in raster order to the same frame, or its nearest rows.
+    """A band around each query: in raster order the same frame, or its nearest rows.
 
     The band is as wide in blocks as ``density`` asks for. At its outermost distance only some block pairs, evenly
     spread over the sequence, are kept, so that the fraction is met on small grids too. A block's own keys are always
@@ -41,14 +41,6 @@ class Diagonal(OrderedMethod):
     density: Density = 0.25
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Build the band for a grid.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the layout.
-        """
         layout = self.layout(call, q.device, state)
         position = torch.arange(layout.video_blocks, device="cpu")
         distance = (position[:, None] - position).abs()
@@ -59,7 +51,7 @@ class Diagonal(OrderedMethod):
 @register("multi_diagonal")
 @dataclass(frozen=True, kw_only=True)
 class MultiDiagonal(Diagonal):
-    """Attend to nearby places of the picture in all frames: a band with all frames of one position together.
+    """Nearby positions in all frames: a band with all frames of one position together.
 
     In raster order such a band is one diagonal for each distance between two frames. It is ``diagonal`` in another
     order, and its fields are the same.
@@ -76,7 +68,7 @@ class MultiDiagonal(Diagonal):
 @register("vertical_stripe")
 @dataclass(frozen=True, kw_only=True)
 class VerticalStripe(OrderedMethod):
-    """Attend to the same few key blocks from everywhere, and to the query's own block.
+    """The same few key blocks for every query, and the query's own block.
 
     The key blocks are spread evenly over the video, the first one included, at distances that vary a little, so that
     they never fall into step with the frames. In other orders than raster they are other parts of the video: with
@@ -93,14 +85,6 @@ class VerticalStripe(OrderedMethod):
     density: Density = 0.25
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Build the stripes for a grid.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the layout.
-        """
         layout = self.layout(call, q.device, state)
         rank = _spread(layout.video_blocks).repeat(layout.video_blocks, 1)
         return pattern_of(layout, _keep_lowest(rank, layout, self.density).to(q.device))
@@ -109,7 +93,7 @@ class VerticalStripe(OrderedMethod):
 @register("skip")
 @dataclass(frozen=True, kw_only=True)
 class Skip(AttentionMethod):
-    """Leave heads out: their output is zeros, for text too, and nothing is computed.
+    """Skipped heads: their output is zeros, for text too, and nothing is computed.
 
     It is meant for the few heads of a plan whose output hardly matters, not for a whole model. No gradient flows.
 
@@ -120,14 +104,7 @@ class Skip(AttentionMethod):
     empty: ClassVar[bool] = True
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Keep no block: the only pattern whose queries attend to nothing.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their device matters.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Not used.
-        """
+        """Keep no block: the only pattern whose queries attend to nothing."""
         layout = TokenLayout.build(call.tokens, block=BLOCK, device=q.device)
         lengths = layout.block_lengths[None]
         indices = torch.zeros(1, 1, layout.num_blocks, 1, dtype=torch.int32, device=q.device)
@@ -136,18 +113,6 @@ class Skip(AttentionMethod):
         return Pattern(layout, BlockMask(indices, none, none, every, lengths, lengths, BLOCK, BLOCK))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Return zeros.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only shape, dtype and device matter.
-            k: ``(B, H, S, D)`` keys; not used.
-            v: ``(B, H, S, D)`` values; not used.
-            call: Not used.
-            state: Takes note of the density, which is 0.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
         state.kept = torch.zeros((), dtype=torch.float32, device=q.device)
         return torch.zeros_like(q)
 

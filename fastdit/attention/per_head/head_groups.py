@@ -23,7 +23,7 @@ MAX_MERGED = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """Run one method on some of the heads.
+    """One method on some of the heads.
 
     Args:
         method: The method.
@@ -71,7 +71,7 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """Hold one pattern for several groups.
+    """One pattern for several groups.
 
     Args:
         sources: The patterns that it is made of.
@@ -88,7 +88,7 @@ class Merged:
 
 @dataclass(eq=False)
 class SharedPatterns(PatternCache):
-    """Keep what all layers share. The methods bound it, and none of them may be forgotten.
+    """Patterns that all layers share; their number is bounded by the methods, and none is evicted.
 
     Args:
         limit: ``None``.
@@ -102,7 +102,7 @@ class SharedPatterns(PatternCache):
     unused: Iterator[int] = field(default_factory=count)
 
     def kind(self, pattern: Pattern) -> Hashable:
-        """Return what patterns that one launch can compute have in common: the order, and the size of the blocks.
+        """Return a key of patterns that one launch can compute: their order and block sizes.
 
         Args:
             pattern: The pattern.
@@ -121,7 +121,7 @@ class SharedPatterns(PatternCache):
 
 @dataclass(eq=False)
 class Memory:
-    """Hold what a layer remembers of its groups.
+    """The memory of a layer for its groups.
 
     Args:
         shape: Shape and device of the queries, and the make-up of the tokens; all of it is for these.
@@ -141,7 +141,7 @@ class Memory:
 
 
 class HeadGroups:
-    """Plan the launches of one call.
+    """The launches of one call.
 
     Args:
         methods: What groups name by index.
@@ -239,10 +239,10 @@ class HeadGroups:
 
         if all(self.methods[i].static for i, _ in groups):
             return self.shared.static(("merged", groups), merge)
-        found = self.memory.merged.get(groups)
-        if found is None or any(a is not b for a, b in zip(found.sources, patterns, strict=True)):
-            found = self.memory.merged[groups] = merge()
-        return found
+        merged = self.memory.merged.get(groups)
+        if merged is None or any(a is not b for a, b in zip(merged.sources, patterns, strict=True)):
+            merged = self.memory.merged[groups] = merge()
+        return merged
 
     def _launch(self, method: AttentionMethod, heads: Heads, state: MethodState) -> Launch:
         if heads[-1] - heads[0] + 1 == len(heads):
@@ -265,7 +265,7 @@ class HeadGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class _Given(BlockMethod):
-    """Compute the pattern that is in the state."""
+    """A method whose pattern is set in its state."""
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         raise AssertionError("the pattern is given")

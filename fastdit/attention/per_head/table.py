@@ -24,7 +24,7 @@ MAX_SIZES = 2
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Table(AttentionMethod):
-    """Run each head with a method of its own.
+    """A method for each head, by step bucket and layer.
 
     Heads of one method run together, and so do methods that order tokens alike, in blocks of one size. Empty methods
     compute nothing. Patterns that depend on nothing but the make-up of the tokens are built once for all layers.
@@ -122,11 +122,7 @@ class Table(AttentionMethod):
     ) -> tuple[tuple[Heads, Pattern], ...]:
         """Choose order and blocks of each group of heads.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: What this layer remembers.
+        Arguments as for ``pattern``.
 
         Returns:
             Heads and their pattern. That of an empty method is not run.
@@ -137,36 +133,19 @@ class Table(AttentionMethod):
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Choose order and blocks, where all heads of the layer have the same order.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: What this layer remembers.
-
         Raises:
             ValueError: Heads have different orders, so that there is no one pattern.
         """
-        found = self.patterns(q, k, call, state)
+        patterns = self.patterns(q, k, call, state)
         shared = self._shared(q, call, state)
-        if len({shared.kind(pattern) for _, pattern in found}) > 1:
+        if len({shared.kind(pattern) for _, pattern in patterns}) > 1:
             raise ValueError(
                 "heads of this layer have different orders or block sizes; use patterns, which returns all"
             )
-        return merge_heads(found)
+        return merge_heads(patterns)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention of all heads, in as few launches as their methods allow.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: What this layer remembers.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Compute the attention of all heads, in as few launches as their methods allow."""
         heads = q.shape[1]
         launches = self._heads(q, k, call, state).launches(self.groups(call, heads))
         if len(launches) == 1 and len(launches[0].heads) == heads:

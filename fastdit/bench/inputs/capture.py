@@ -40,27 +40,12 @@ class Recorder(AttentionMethod):
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
         """Decide nothing.
 
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Not used.
-
         Raises:
             NotImplementedError: Always.
         """
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Attend to everything: ``(B, H, S, D)``.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: Not used.
-        """
         if call.step in self.steps and (self.layers is None or call.layer in self.layers) and call.branch != "uncond":
             one = [x[:1].clone() for x in (q, k, v)]
             padding = None if call.key_padding is None else call.key_padding[:1].clone()

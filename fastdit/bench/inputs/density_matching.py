@@ -1,4 +1,4 @@
-"""How a method is brought to a density: by its field, by those that stand for one, or by what it learns from calls."""
+"""Density matching: methods with the fields, or calibrated, so that they compute a given fraction of pairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARO_EDGES = (0.6, 1.0)
 
 
 class NotAdjustable(ValueError):
-    """Say why a method cannot be brought to a density."""
+    """A method that has no density to set."""
 
 
 def at_density(method: str, given: dict[str, Any], density: float, samples: Sequence[Sample]) -> AttentionMethod:

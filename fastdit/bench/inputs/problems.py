@@ -10,7 +10,7 @@ from ...tokens import TokenSpec, VideoGrid
 
 @dataclass(frozen=True)
 class Problem:
-    """Describe the self-attention of one model at one size.
+    """The self-attention of one model at one size.
 
     Args:
         name: Model and size, as it is asked for.
@@ -67,15 +67,7 @@ _ALL = (
     _wan("wan-14b-480p", 40, 40, (21, 30, 52), (81, 480, 832)),
     _wan("wan-14b-720p", 40, 40, (21, 45, 80), (81, 720, 1280)),
     _wan("wan-2.2-5b-704p", 30, 24, (31, 22, 40), (121, 704, 1280)),
-    Problem(
-        "hunyuan-720p",
-        60,
-        24,
-        128,
-        TokenSpec(VideoGrid(33, 45, 80), 256),
-        passes=1,
-        pixels=(129, 720, 1280),
-    ),
+    Problem("hunyuan-720p", 60, 24, 128, TokenSpec(VideoGrid(33, 45, 80), 256), passes=1, pixels=(129, 720, 1280)),
     Problem("cogvideox-2b", 30, 30, 64, TokenSpec(VideoGrid(13, 30, 45), 226, True), pixels=(49, 480, 720)),
     Problem("cogvideox-5b", 42, 48, 64, TokenSpec(VideoGrid(13, 30, 45), 226, True), pixels=(49, 480, 720)),
     Problem("cogvideox-1.5-5b", 42, 48, 64, TokenSpec(VideoGrid(11, 48, 85), 226, True), pixels=(81, 768, 1360)),
@@ -113,6 +105,6 @@ def _find(name: str) -> Problem:
             return Problem(name, 1, count, dim, TokenSpec(VideoGrid(frames, height, width)))
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no size, {error}; write FRAMESxHEIGHTxWIDTH/HEADSxDIM, as in 8x16x16/4x64"
+            f"{name!r} is not a size: {error}; write FRAMESxHEIGHTxWIDTH/HEADSxDIM, as in 8x16x16/4x64"
         ) from error
     raise ValueError(f"unknown problem {name!r}; problems are: {', '.join(PROBLEMS)}, or a size as 8x16x16/4x64")

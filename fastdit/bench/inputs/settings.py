@@ -1,4 +1,4 @@
-"""What is compared: methods with their fields and schedules, and searched plans."""
+"""Settings that are compared: methods with fields and schedules, and searched plans."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KNOBS = {"paro": "plan", "radial": "decay"}
 
 @dataclass(frozen=True)
 class Setting:
-    """Name a method with fields, or a plan; its density comes later, unless a field says it.
+    """A method with fields, or a plan; its density is set later, unless a field sets it.
 
     Args:
         name: As rows and tables say it.
@@ -208,7 +208,7 @@ def find_settings(texts: Iterable[str] | None, *, means: bool = False) -> list[S
     Args:
         texts: Names, of ``default_settings`` or of methods; with fields of the method or of the schedule in brackets,
             such as ``"draft(tile=(1, 8, 8), refresh_steps=4)"``; or files of plans, ``.json``; default: all names.
-        means: Whether each is listed a second time with blocks that stand in by their means.
+        means: Whether each is listed a second time with compensation by means.
 
     Raises:
         ValueError: There is no such setting or plan, a value is out of range, the text makes no sense, or two settings

@@ -1,4 +1,4 @@
-"""Queries, keys and values that attend as heads of video models do: seeded, described, and sparse as real heads are.
+"""Synthetic queries, keys and values that attend like heads of video models, seeded and as sparse as real heads.
 
 Scores are sums of a few terms: nearness along axes of the video, as rotary embedding makes it, membership in moving
 clusters, keys that every query looks at, text, and noise. A head is a row of ``KINDS``.
@@ -20,7 +20,7 @@ from ...tokens import AttentionCall, TokenSpec
 
 @dataclass(frozen=True)
 class Kind:
-    """Say what the scores of a head are made of; each number is the height of a term, in units of the logit.
+    """The terms of a head's scores; each number is the height of a term in units of the logit.
 
     Args:
         text: What the head does, for reports.
@@ -61,7 +61,7 @@ STRIPES = 0.03
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Hold one attention call.
+    """One attention call with its tensors.
 
     Args:
         name: Where it comes from.
@@ -69,7 +69,7 @@ class Sample:
         k: ``(B, H, S, D)`` keys.
         v: ``(B, H, S, D)`` values.
         call: The call.
-        kinds: What each head is like; empty if nobody knows.
+        kinds: The kind of each head; empty if unknown.
     """
 
     name: str

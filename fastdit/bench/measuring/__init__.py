@@ -1,1 +1,1 @@
-"""How benchmarks measure: contenders, times, checks of what they compute, and what videos show."""
+"""Measurements: contenders, times, verification of results, and comparison of videos."""

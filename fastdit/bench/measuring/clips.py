@@ -1,4 +1,4 @@
-"""How near a video is to its dense twin, and how steady it is."""
+"""Similarity of a video to the dense one, and flicker."""
 
 from __future__ import annotations
 

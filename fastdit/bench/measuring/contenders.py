@@ -1,4 +1,4 @@
-"""Everything that attention is compared with, dense or over the same blocks, and why some of it cannot run here."""
+"""Attention implementations that are compared, dense or block-sparse, and why some cannot run here."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ MATH_TOKENS = 16384
 
 
 class Unavailable(Exception):
-    """Say why something cannot run here; the text is shown."""
+    """A contender cannot run here; the message says why."""
 
 
 class Broken(Exception):
-    """Say how a kernel of ours failed that had not refused; the text is shown."""
+    """One of our kernels failed though its check accepted the call."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Name one implementation of attention.
+    """One implementation of attention.
 
     Args:
         name: As rows and tables say it.
@@ -67,7 +67,7 @@ class Contender:
 
 
 def contenders() -> list[Contender]:
-    """List all that is known, installed or not: dense ones, those over listed blocks, our own kernels."""
+    """List all contenders, installed or not: dense, block-sparse, and our own kernels."""
     backends = (
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
         ("flash", SDPBackend.FLASH_ATTENTION),
@@ -75,14 +75,14 @@ def contenders() -> list[Contender]:
         ("math", SDPBackend.MATH),
     )
     others = (
-        Contender("xformers", False, _xformers, "xformers"),
-        Contender("fa2", False, partial(_flash, "flash_attn"), "flash-attn"),
-        Contender("fa3", False, partial(_flash, "flash_attn_interface"), "flash-attn-3"),
-        Contender("fa4", False, partial(_flash, "flash_attn.cute"), "flash-attn-4"),
+        Contender("xformers", False, partial(_imported, "xformers.ops", "memory_efficient_attention"), "xformers"),
+        Contender("fa2", False, partial(_imported, "flash_attn", "flash_attn_func"), "flash-attn"),
+        Contender("fa3", False, partial(_imported, "flash_attn_interface", "flash_attn_func"), "flash-attn-3"),
+        Contender("fa4", False, partial(_imported, "flash_attn.cute", "flash_attn_func"), "flash-attn-4"),
         Contender("flashinfer", False, _flashinfer, "flashinfer-python"),
-        Contender("natten", False, _natten, "natten"),
-        Contender("flex-dense", False, _flex_dense),
-        Contender("flex", True, _flex),
+        Contender("natten", False, partial(_imported, "natten.functional", "attention"), "natten"),
+        Contender("flex-dense", False, partial(_flex, False)),
+        Contender("flex", True, partial(_flex, True)),
         Contender("flashinfer-sparse", True, _flashinfer_sparse, "flashinfer-python"),
         Contender("sparge", True, _sparge, "spas-sage-attn", exact=False),
     )
@@ -97,14 +97,12 @@ def contenders() -> list[Contender]:
 
 
 def prepare(contender: Contender, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Run, Tensor]:
-    """Make the run of a contender and its first result.
+    """Make the run of a contender, and its first result; dense contenders ignore the mask.
+
+    Arguments as for ``block_sparse_attention``.
 
     Args:
         contender: The contender.
-        q: ``(B, H, S, D)`` queries.
-        k: ``(B, H, S, D)`` keys.
-        v: ``(B, H, S, D)`` values.
-        mask: The blocks, which dense contenders leave alone.
 
     Returns:
         The run, and its output, ``(B, H, S, D)``.
@@ -125,10 +123,10 @@ def prepare(contender: Contender, q: Tensor, k: Tensor, v: Tensor, mask: BlockMa
 
 
 def failure(error: Exception) -> str:
-    """Say in a line what was raised.
+    """Return the error as one line.
 
     Args:
-        error: It.
+        error: The error.
     """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}"
@@ -170,15 +168,9 @@ def _needs_cuda(q: Tensor) -> None:
         raise Unavailable("it needs a CUDA device")
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    attention = importlib.import_module("xformers.ops").memory_efficient_attention
-    _needs_cuda(q)
-    a, b, c = _swapped(q, k, v)
-    return lambda: attention(a, b, c).transpose(1, 2)
-
-
-def _flash(module: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    attention = importlib.import_module(module).flash_attn_func
+def _imported(module: str, name: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
+    """Run a dense function of a package that takes ``(B, S, H, D)``."""
+    attention = getattr(importlib.import_module(module), name)
     _needs_cuda(q)
     a, b, c = _swapped(q, k, v)
 
@@ -198,37 +190,18 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     return lambda: attention(a, b, c).transpose(0, 1)[None]
 
 
-def _natten(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    attention = importlib.import_module("natten.functional").attention
-    _needs_cuda(q)
-    a, b, c = _swapped(q, k, v)
-    return lambda: attention(a, b, c).transpose(1, 2)
+def _flex(sparse: bool, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
+    from torch.nn.attention.flex_attention import flex_attention
 
-
-def _compiles(q: Tensor) -> None:
     if q.device.type != "cuda":
         raise Unavailable("its C++ takes minutes to compile; it is timed on CUDA devices")
-
-
-def _flex_dense(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    _compiles(q)
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    _compiles(q)
-    blocks = flex_mask(mask, q.shape[2], k.shape[2])
+    blocks = flex_mask(mask, q.shape[2], k.shape[2]) if sparse else None
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=blocks)
 
 
 def flex_mask(mask: BlockMask, tokens_q: int, tokens_k: int) -> Any:
-    """Say the same blocks to FlexAttention: full blocks without a mask, ragged ones with one.
+    """Convert a mask for FlexAttention: full blocks without a mask function, ragged ones with one.
 
     Args:
         mask: The blocks.
@@ -285,6 +258,6 @@ def _sparge(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Run:
     if (mask.block_q, mask.block_k) != (128, 64):
         raise Unavailable(f"its blocks are 128 x 64, the mask has {mask.block_q} x {mask.block_k}")
     if q.shape[2] % mask.block_q or k.shape[2] % mask.block_k:
-        raise Unavailable("it knows no ragged blocks")
+        raise Unavailable("it does not support ragged blocks")
     blocks = mask.to_dense().expand(*q.shape[:2], -1, -1).to(torch.int8).contiguous()
     return lambda: attention(q, k, v, mask_id=blocks)

@@ -1,4 +1,4 @@
-"""How long runs take: a warm-up, interleaved repeats, medians."""
+"""Timing: a warm-up, interleaved repeats, medians; and peak memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Times:
-    """Hold the times of one contender.
+    """Times of one contender.
 
     Args:
         samples: Seconds of each repeat, in order.
@@ -83,7 +83,7 @@ def interleaved(
 
 
 def reset_peak(device: torch.device | str) -> None:
-    """Let the peak of memory begin anew.
+    """Reset the peak of memory.
 
     Args:
         device: Where memory is used: a GPU, or else this process, as far as the system can do so.
@@ -110,7 +110,7 @@ def peak_memory(device: torch.device | str) -> int | None:
 
 
 def extra_memory(run: Callable[[], Any], device: torch.device | str) -> int | None:
-    """Measure the bytes that a run needs at its peak beside what is there before it; ``None`` on a CPU.
+    """Measure the peak memory of a run above what is allocated before it, in bytes; ``None`` on a CPU.
 
     Args:
         run: The run.
@@ -150,11 +150,5 @@ def throughput(device: str) -> float:
     """
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     q = torch.randn(1, 2, 2048, 64, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 4 * 2 * 2048**2 * 64 / best
+    run = partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+    return 4 * 2 * 2048**2 * 64 / min(interleaved({"dense": run}, device)["dense"].samples)

@@ -1,4 +1,4 @@
-"""Whether a result is right: rows of it against fp64, with the error that eager attention makes as the budget."""
+"""Verification of results: sampled rows against fp64, within the error of eager attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = 24
 """Queries of a head that are computed again."""
 
 UNINITIALISED = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
-"""What makes tensors without writing them."""
+"""Functions that return uninitialised tensors."""
 
 INEXACT = 0.1
 """Largest relative L2 error of kernels whose products are of low precision."""
@@ -28,7 +28,7 @@ def fault(
     """Say what is wrong with a result, or ``None``.
 
     The first and last real row of each head and others at random are computed in fp64, and in the dtype of the inputs:
-    the result may be off by twice the error of the latter, plus rounding. Everything else must be a number.
+    the result may be off by twice the error of the latter, plus rounding. Everything else must be finite.
 
     Args:
         out: ``(B, H, Sq, D)``, what is checked.
@@ -49,7 +49,7 @@ def fault(
             head = out[b, h]
             real = head if mask is None else head[_real(mask, b, h, q.shape[2])]
             if not torch.isfinite(real).all():
-                return f"sample {b}, head {h} has values that are no numbers"
+                return f"sample {b}, head {h} has NaN or Inf"
             visible = None if mask is None else visible_keys(mask, b, h, rows, k.shape[2])
             truth = _attend(q[b, h, rows].double(), k[b, h].double(), v[b, h].double(), visible)
             low = _attend(q[b, h, rows], k[b, h], v[b, h], visible)

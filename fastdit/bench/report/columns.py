@@ -1,4 +1,4 @@
-"""What each benchmark measures: titles, units, which way is better, and what counts as a change."""
+"""Columns of each benchmark: titles, units, which direction is better, and what counts as a change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAME = 0.02
 
 @dataclass(frozen=True)
 class Column:
-    """Describe one number of a row.
+    """One number of a row.
 
     Args:
         name: Its name in the row.
@@ -140,9 +140,9 @@ def compared(old: Sequence[Row], new: Sequence[Row]) -> list[tuple[Row, Row]]:
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
     """List what differs between two runs beyond noise.
 
-    Times differ if they are apart by three standard errors of both together and by 2 %; of fewer than three repeats
-    nobody can say. Everything else is computed the same way from the same seed, and differs if it is not equal to
-    three digits.
+    Times differ if they are apart by three standard errors of both together and by 2 %; fewer than three repeats are
+    never called different. Everything else is computed the same way from the same seed, and differs if it is not equal
+    to three digits.
 
     Args:
         old: Rows of the earlier run.
@@ -150,7 +150,7 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
 
     Returns:
         ``benchmark``, ``job``, ``part``, ``column``, ``old``, ``new``, and ``better``: True, False, or ``None`` where
-        nobody can say. Rows that only one of the two has are left out.
+        it is unknown. Rows that only one of the two has are left out.
     """
     found = []
     for earlier, row in compared(old, new):

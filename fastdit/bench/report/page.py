@@ -1,4 +1,4 @@
-"""A report of results: one HTML page that needs nothing else, or Markdown."""
+"""Reports of results as a self-contained HTML page or Markdown."""
 
 from __future__ import annotations
 

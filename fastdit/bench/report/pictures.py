@@ -1,4 +1,4 @@
-"""Pictures of a report, as SVG that takes the colour of the text around it."""
+"""Pictures of a report, as SVG in the colour of the surrounding text."""
 
 from __future__ import annotations
 

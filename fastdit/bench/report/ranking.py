@@ -1,4 +1,4 @@
-"""Who comes nearest to dense attention, of those that compute about as much."""
+"""Ranking of settings by similarity to dense attention at about equal cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EQUAL = 1.1
 
 @dataclass(frozen=True)
 class Contest:
-    """Say by what settings are compared.
+    """The numbers by which settings are compared.
 
     Args:
         of: Name of the number that says where they ran.

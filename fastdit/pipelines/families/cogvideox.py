@@ -8,32 +8,19 @@ from typing import Any
 from torch.nn import Module
 
 from ...tokens import VideoGrid
-from .family import ModelFamily, attentions_of_blocks, patched, register_family
+from .family import ModelFamily, patched, register_family
 
 
 @register_family
 class CogVideoX(ModelFamily):
-    """Read CogVideoX's latent, ``(B, F, C, H, W)``."""
+    """CogVideoX, whose latent is ``(B, F, C, H, W)``."""
 
     name = "cogvideox"
     transformers = ("CogVideoXTransformer3DModel",)
     text = "first"
 
-    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        """List ``attn1`` of every block.
-
-        Args:
-            transformer: The model.
-        """
-        return attentions_of_blocks(transformer, ("transformer_blocks",), "attn1")
-
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
-        """Divide the latent by the patch size; version 1.5 has patches of two frames.
-
-        Args:
-            transformer: The model.
-            arguments: The arguments of its forward, by name.
-        """
+        """Divide the latent by the patch size; version 1.5 has patches of two frames."""
         _, frames, _, height, width = arguments["hidden_states"].shape
         config = transformer.config
         return patched((frames, height, width), (config.patch_size_t or 1, config.patch_size, config.patch_size))

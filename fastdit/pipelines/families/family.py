@@ -1,4 +1,4 @@
-"""Families: what the tokens of a model are. The only model-specific knowledge; one file each."""
+"""Base class and registry of model families, which hold all model-specific knowledge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REGISTRY: dict[str, ModelFamily] = {}
 
 @dataclass(frozen=True)
 class Boundary:
-    """Name the modules through which video tokens enter and leave the blocks of a transformer.
+    """The modules through which video tokens enter and leave the blocks of a transformer.
 
     Between them nothing but attention may depend on the order of the tokens; rotary embeddings are put in order, too.
 
@@ -34,23 +34,27 @@ class Boundary:
 
 
 class ModelFamily(ABC):
-    """Know the video transformers of one kind: their self-attentions and what their tokens are."""
+    """Base class of model families: their self-attention modules and token grids."""
 
     name: ClassVar[str]
     transformers: ClassVar[tuple[str, ...]]
     """Names of the transformer classes; subclasses of them are known too."""
     text: ClassVar[Literal["none", "first", "last"]] = "none"
     """Where text sits in the sequence of a self-attention call: the tokens that are not video."""
+    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """Names of the transformer's lists of blocks."""
+    attention: ClassVar[str] = "attn1"
+    """Name of the video self-attention in a block."""
     mask_argument: ClassVar[str | None] = None
     """The argument of the forward that the model makes its self-attention mask from, if it makes one."""
 
-    @abstractmethod
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
         """List the video self-attention modules by their path, in the order in which they are numbered.
 
         Args:
             transformer: The model.
         """
+        return attentions_of_blocks(transformer, self.blocks, self.attention)
 
     @abstractmethod
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
@@ -69,7 +73,7 @@ class ModelFamily(ABC):
             path: Path of the self-attention.
 
         Returns:
-            A layer with ``in_features``, the first of which are the heads one after the other; others are no attention.
+            A layer with ``in_features``: the heads one after the other, then channels that are not attention.
         """
         attention: Any = transformer.get_submodule(path)
         return attention.to_out[0]
@@ -152,6 +156,6 @@ def find_family(transformer: Module) -> ModelFamily:
                 return family
     known = "; ".join(f"{name} ({', '.join(family.transformers)})" for name, family in _REGISTRY.items())
     raise ValueError(
-        f"{type(transformer).__name__} is no video transformer that fastdit knows. Known families: {known}. "
+        f"{type(transformer).__name__} is not a video transformer that fastdit supports. Supported families: {known}. "
         "A family is one short file: see CONTRIBUTING.md, or register your own with fastdit.register_family"
     )

@@ -8,41 +8,23 @@ from typing import Any
 from torch.nn import Module
 
 from ...tokens import VideoGrid
-from .family import Boundary, ModelFamily, attentions_of_blocks, register_family
+from .family import Boundary, ModelFamily, register_family
 
 
 @register_family
 class LTX(ModelFamily):
-    """Read LTX's grid off the arguments ``num_frames``, ``height`` and ``width``."""
+    """LTX-Video, whose grid is in the arguments ``num_frames``, ``height`` and ``width``."""
 
     name = "ltx"
     transformers = ("LTXVideoTransformer3DModel",)
 
-    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        """List ``attn1`` of every block.
-
-        Args:
-            transformer: The model.
-        """
-        return attentions_of_blocks(transformer, ("transformer_blocks",), "attn1")
-
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
-        """Return the grid the caller names; conditioning pipelines give coordinates instead.
-
-        Args:
-            transformer: The model.
-            arguments: The arguments of its forward, by name.
-        """
+        """Return the grid the caller names; conditioning pipelines give coordinates instead."""
         frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
         if frames is None or height is None or width is None:
             return "the pipeline passes video_coords instead of num_frames, height and width: the grid is unknown"
         return VideoGrid(frames, height, width)
 
     def boundary(self, transformer: Module) -> Boundary | None:
-        """Name where tokens enter and leave.
-
-        Args:
-            transformer: The model.
-        """
         stock = type(transformer).__name__ == "LTXVideoTransformer3DModel"
         return Boundary("proj_in", "rope", "proj_out") if stock else None

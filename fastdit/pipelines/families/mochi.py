@@ -8,39 +8,21 @@ from typing import Any
 from torch.nn import Module
 
 from ...tokens import VideoGrid
-from .family import ModelFamily, attentions_of_blocks, patched, register_family
+from .family import ModelFamily, patched, register_family
 
 
 @register_family
 class Mochi(ModelFamily):
-    """Read Mochi's latent, ``(B, C, F, H, W)``."""
+    """Mochi, whose latent is ``(B, C, F, H, W)``."""
 
     name = "mochi"
     transformers = ("MochiTransformer3DModel",)
     text = "last"
 
-    def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        """List ``attn1`` of every block.
-
-        Args:
-            transformer: The model.
-        """
-        return attentions_of_blocks(transformer, ("transformer_blocks",), "attn1")
-
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
-        """Divide the latent by the patch size; patches are one frame deep.
-
-        Args:
-            transformer: The model.
-            arguments: The arguments of its forward, by name.
-        """
+        """Divide the latent by the patch size; patches are one frame deep."""
         patch = transformer.config.patch_size
         return patched(arguments["hidden_states"].shape[-3:], (1, patch, patch))
 
     def calls(self, arguments: Mapping[str, Any]) -> int:
-        """Count the samples of the batch.
-
-        Args:
-            arguments: The arguments of the forward, by name.
-        """
         return arguments["hidden_states"].shape[0]

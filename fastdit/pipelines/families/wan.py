@@ -13,34 +13,21 @@ from .family import Boundary, ModelFamily, attentions_of_blocks, patched, regist
 
 @register_family
 class Wan(ModelFamily):
-    """Read Wan's latent, ``(B, C, F, H, W)``; VACE's control blocks attend over the same tokens."""
+    """Wan, whose latent is ``(B, C, F, H, W)``. VACE's control blocks attend over the same tokens."""
 
     name = "wan"
     transformers = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+    blocks = ("blocks",)
 
     def self_attentions(self, transformer: Module) -> list[tuple[str, Module]]:
-        """List ``attn1`` of every block, main blocks first.
-
-        Args:
-            transformer: The model.
-        """
-        lists = ("blocks", "vace_blocks") if hasattr(transformer, "vace_blocks") else ("blocks",)
-        return attentions_of_blocks(transformer, lists, "attn1")
+        """List those of the main blocks, then those of VACE's control blocks."""
+        lists = (*self.blocks, "vace_blocks") if hasattr(transformer, "vace_blocks") else self.blocks
+        return attentions_of_blocks(transformer, lists, self.attention)
 
     def grid(self, transformer: Module, arguments: Mapping[str, Any]) -> VideoGrid | str:
-        """Divide the latent by the patch size.
-
-        Args:
-            transformer: The model.
-            arguments: The arguments of its forward, by name.
-        """
         return patched(arguments["hidden_states"].shape[-3:], transformer.config.patch_size)
 
     def boundary(self, transformer: Module) -> Boundary | None:
-        """Name where tokens enter and leave; VACE adds control tokens in between.
-
-        Args:
-            transformer: The model.
-        """
+        """Name where tokens enter and leave; VACE adds control tokens in between."""
         stock = type(transformer).__name__ == "WanTransformer3DModel"
         return Boundary("patch_embedding", "rope", "proj_out") if stock else None

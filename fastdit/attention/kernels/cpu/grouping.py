@@ -1,4 +1,4 @@
-"""How the CPU kernel runs a mask: query blocks sorted into groups whose lists have equally many keys."""
+"""Execution plans of the CPU kernel: query blocks grouped by the number of keys they attend to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ....mask import BlockMask
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Lists of equally many keys, each shared by equally many query blocks.
+    """Key lists of equal length, each shared by the same number of query blocks.
 
     Args:
         start: Position of the first query block in the plan's order.

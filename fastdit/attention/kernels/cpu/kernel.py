@@ -1,4 +1,4 @@
-"""Attention of listed blocks on a CPU: rows with equally many keys are gathered and run as dense attention."""
+"""Block-sparse attention on CPUs: rows with equally many keys are gathered and run as dense attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SLICE = 1 << 14  # index_select copies slices of 2**15 elements or more one by 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Lists that run in one go.
+    """Key lists that run in one call.
 
     Args:
         rows: Which query blocks, as a slice of the plan's order.
@@ -40,7 +40,7 @@ class _Chunk:
         keys: How many of the listed keys are used, the first ones.
         first: The first key block where there is one list of consecutive blocks, which need no gathering.
         bias: ``(R, 1, 1, keys)`` fp32 or fp64, or ``None``.
-        listed: Whether every row has keys, beside those that stand in.
+        listed: Whether every row has keys besides the means of skipped blocks.
     """
 
     rows: slice
@@ -53,13 +53,13 @@ class _Chunk:
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """The keys and values of one head; what stands in for blocks left out comes in blocks of its own after them.
+    """The keys and values of one head, followed by the means of skipped blocks in blocks of their own.
 
     Args:
         keys: ``(Nk + M, block_k, D)``.
         values: ``(Nk + M, block_k, D)``.
-        stand_ins: ``(Nq, M * block_k)`` fp32 or fp64, what is added to the logits of the last M blocks, rows in the
-            plan's order: log of a block's size, -inf where it is not left out; ``None`` if there are no such blocks.
+        stand_ins: ``(Nq, M * block_k)`` fp32 or fp64, bias on the logits of the last M blocks, rows in the plan's
+            order: log of a block's size, -inf where the block is not skipped; ``None`` without means.
     """
 
     keys: Tensor
@@ -73,15 +73,7 @@ def available() -> str | None:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-    """
+    """Return why this kernel cannot run for these arguments, or ``None``."""
     if q.device.type != "cpu":
         return f"it needs CPU tensors, got {q.device}"
     if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -96,19 +88,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks; the backward gathers again instead of keeping what was gathered.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-
-    Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32 or
-        fp64, which carries no gradient.
-    """
+    """Compute the attention of listed blocks; the backward gathers again instead of keeping what was gathered."""
     means = () if options.compensate is None else (block_means(k, mask), block_means(v, mask))
     return _BlockSparse.apply(mask, options.scale, q, k, v, *means)  # type: ignore[return-value]
 
@@ -145,8 +125,9 @@ class _Head:
         plan: How it runs.
         mask: The blocks.
         scale: Softmax scale.
-        tensors: Queries, keys, values, and the means of keys and of values if they stand in, of all heads.
-        stand_ins: Which blocks stand in and the log of their sizes, ``(Nq, Nk)`` bool and ``(Nk,)``, if they do.
+        tensors: Queries, keys, values, and with compensation the mean keys and values, of all heads.
+        stand_ins: The skipped blocks and the log of their sizes, ``(Nq, Nk)`` bool and ``(Nk,)``; ``None`` without
+            compensation.
     """
 
     at: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Threads that share the jobs of one call: a core that is busy with something else slows only its own share."""
+"""Worker threads that share the jobs of one call, so that a busy core delays only its own share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Step = TypeVar("_Step")
 
 
 class Job(Protocol[_Step]):
-    """Work of many steps, which different threads may do at once and in any order."""
+    """Work in steps that threads may run concurrently and in any order."""
 
     def start(self) -> Iterator[_Step]:
         """Prepare the work and list its steps."""
@@ -43,8 +43,8 @@ def usable_threads() -> int:
 def run_jobs(jobs: Iterable[Job[Any]], threads: int) -> None:
     """Run all jobs; threads with nothing left of their own help with the jobs of others.
 
-    The threads are made for this call, which takes about 0.1 ms each, so nothing is left over for a fork, an interrupt
-    or the end of the interpreter to trip over. In each of them PyTorch runs on one thread, in the modes of the caller.
+    The threads are made for this call, which takes about 0.1 ms each, so none outlives it to break a fork, an
+    interrupt or the shutdown of the interpreter. In each, PyTorch runs on one thread, in the modes of the caller.
 
     Args:
         jobs: The jobs.
@@ -71,7 +71,7 @@ class _Shared(Generic[_Step]):
         self._lock = Lock()
 
     def steps(self) -> Iterator[None]:
-        """Do steps that no other thread has taken, and come up for air after each."""
+        """Run steps that no other thread has taken, yielding after each."""
         while True:
             with self._lock:
                 job = self._job

@@ -29,23 +29,11 @@ _ROWS = 64  # queries that one program of the first kernel reads
 
 @triton.jit
 def _rows_kernel(
-    out_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    log_total_ptr,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_dob,
-    stride_doh,
-    stride_dos,
-    tokens_q,
-    padded_q,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    out_ptr, grad_ptr, lse_ptr, delta_ptr, log_total_ptr,
+    stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
+    tokens_q, padded_q,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -67,60 +55,16 @@ def _rows_kernel(
 
 @triton.jit
 def _dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    dq_ptr,
-    log_total_ptr,
-    delta_ptr,
-    indices_ptr,
-    counts_ptr,
-    full_counts_ptr,
-    every_ptr,
-    lengths_ptr,
-    mean_k_ptr,
-    mean_v_ptr,
-    dropped_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_dob,
-    stride_doh,
-    stride_dos,
-    stride_dqb,
-    stride_dqh,
-    stride_dqs,
-    stride_ib,
-    stride_ih,
-    stride_iq,
-    stride_cb,
-    stride_ch,
-    stride_lb,
-    stride_lh,
-    stride_db,
-    stride_dh,
-    tokens_q,
-    padded_q,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    COMPENSATE: tl.constexpr,
-    MEANS_TILE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, log_total_ptr, delta_ptr, indices_ptr, counts_ptr, full_counts_ptr,
+    every_ptr, lengths_ptr, mean_k_ptr, mean_v_ptr, dropped_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_dob,
+    stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs, stride_ib, stride_ih, stride_iq, stride_cb, stride_ch,
+    stride_lb, stride_lh, stride_db, stride_dh,
+    tokens_q, padded_q, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, COMPENSATE: tl.constexpr, MEANS_TILE: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
     # Masks cost registers; smaller tiles make room for them, as in the forward kernel.
     RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
@@ -196,63 +140,16 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    dk_ptr,
-    dv_ptr,
-    log_total_ptr,
-    delta_ptr,
-    queries_ptr,
-    starts_ptr,
-    every_counts_ptr,
-    lengths_ptr,
-    mean_dk_ptr,
-    mean_dv_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_dob,
-    stride_doh,
-    stride_dos,
-    stride_dkb,
-    stride_dkh,
-    stride_dks,
-    stride_dvb,
-    stride_dvh,
-    stride_dvs,
-    stride_tb,
-    stride_th,
-    stride_sb,
-    stride_sh,
-    stride_eb,
-    stride_eh,
-    stride_lb,
-    stride_lh,
-    every_start,
-    tokens_q,
-    padded_q,
-    tokens_k,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    COMPENSATE: tl.constexpr,
-    MEANS_TILE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, log_total_ptr, delta_ptr, queries_ptr, starts_ptr, every_counts_ptr,
+    lengths_ptr, mean_dk_ptr, mean_dv_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_dob,
+    stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_tb,
+    stride_th, stride_sb, stride_sh, stride_eb, stride_eh, stride_lb, stride_lh,
+    every_start, tokens_q, padded_q, tokens_k, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, COMPENSATE: tl.constexpr, MEANS_TILE: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_Q // TILE_Q
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -378,31 +275,13 @@ def _queries(
         mean_k, mean_v = means
         dropped = dropped_blocks(mask).view(torch.int8)
     _dq_kernel[(triton.cdiv(tokens, config.tile_q), heads, batch)](
-        q,
-        k,
-        v,
-        grad,
-        dq,
-        *rows,
-        indices,
-        counts,
-        full_counts,
-        mask.every,
-        lengths,
-        mean_k,
-        mean_v,
-        dropped,
-        *(stride for x in (q, k, v, grad, dq) for stride in x.stride()[:3]),
-        *broadcast_strides(indices),
-        indices.stride(2),
-        *(stride for x in (counts, lengths, dropped) for stride in broadcast_strides(x)),
-        tokens,
-        mask.num_q * mask.block_q,
-        mask.num_k,
-        options.scale * math.log2(math.e),
+        q, k, v, grad, dq, *rows, indices, counts, full_counts, mask.every, lengths, mean_k, mean_v, dropped,
+        *(stride for x in (q, k, v, grad, dq) for stride in x.stride()[:3]), *broadcast_strides(indices),
+        indices.stride(2), *(stride for x in (counts, lengths, dropped) for stride in broadcast_strides(x)),
+        tokens, mask.num_q * mask.block_q, mask.num_k, options.scale * math.log2(math.e),
         **list_constants(dim, q.dtype, mask.block_q, mask.block_k, config, compensate=means is not None),
         **compile_options(config),
-    )
+    )  # fmt: skip
     return dq
 
 
@@ -419,34 +298,15 @@ def _keys(
     batch, heads, tokens, dim = k.shape
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     lists, lengths = transposed_lists(mask), mask.lengths_k.contiguous()
+    listed = (lists.queries, lists.starts, lists.every_counts, lengths)
     _dkdv_kernel[(triton.cdiv(tokens, config.tile_k), heads, batch)](
-        q,
-        k,
-        v,
-        grad,
-        dk,
-        dv,
-        *rows,
-        lists.queries,
-        lists.starts,
-        lists.every_counts,
-        lengths,
-        *(rows if dmeans is None else dmeans),
+        q, k, v, grad, dk, dv, *rows, *listed, *(rows if dmeans is None else dmeans),
         *(stride for x in (q, k, v, grad, dk, dv) for stride in x.stride()[:3]),
-        *(
-            stride
-            for x in (lists.queries, lists.starts, lists.every_counts, lengths)
-            for stride in broadcast_strides(x)
-        ),
-        lists.every_start,
-        q.shape[2],
-        mask.num_q * mask.block_q,
-        tokens,
-        mask.num_k,
-        options.scale * math.log2(math.e),
+        *(stride for x in listed for stride in broadcast_strides(x)),
+        lists.every_start, q.shape[2], mask.num_q * mask.block_q, tokens, mask.num_k, options.scale * math.log2(math.e),
         **list_constants(dim, q.dtype, mask.block_q, mask.block_k, config, compensate=dmeans is not None),
         **compile_options(config),
-    )
+    )  # fmt: skip
     return dk, dv
 
 
@@ -464,12 +324,6 @@ def list_constants(
 ) -> dict[str, int | bool | str]:
     """Return the compile-time arguments of the kernels that run over lists.
 
-    Args:
-        head_dim: In [16, 128].
-        dtype: Of q, k and v.
-        block_q: Queries in a block of the mask.
-        block_k: Keys in a block of the mask.
-        config: Tiles that divide the mask's blocks.
-        compensate: Whether means stand in for blocks that are not listed.
+    Arguments as for ``constants``.
     """
     return {**tile_constants(head_dim, dtype, block_q, config), "BLOCK_K": block_k, "COMPENSATE": compensate}

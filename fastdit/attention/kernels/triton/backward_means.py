@@ -1,4 +1,4 @@
-"""The gradient of the means that stand in for blocks that are not listed; ``triton/backward.py`` has the formulas."""
+"""Gradients of the mean keys and values of skipped blocks; ``triton/backward.py`` has the formulas."""
 
 from __future__ import annotations
 
@@ -18,39 +18,12 @@ from .tiles import Config
 
 @triton.jit
 def _means_kernel(
-    q_ptr,
-    mean_k_ptr,
-    mean_v_ptr,
-    grad_ptr,
-    dk_ptr,
-    dv_ptr,
-    log_total_ptr,
-    delta_ptr,
-    lengths_ptr,
-    dropped_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_dob,
-    stride_doh,
-    stride_dos,
-    stride_lb,
-    stride_lh,
-    stride_db,
-    stride_dh,
-    tokens_q,
-    padded_q,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    MEANS_TILE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, mean_k_ptr, mean_v_ptr, grad_ptr, dk_ptr, dv_ptr, log_total_ptr, delta_ptr, lengths_ptr, dropped_ptr,
+    stride_qb, stride_qh, stride_qs, stride_dob, stride_doh, stride_dos, stride_lb, stride_lh, stride_db, stride_dh,
+    tokens_q, padded_q, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    MEANS_TILE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_Q // TILE_Q
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -112,21 +85,10 @@ def gradients_of_means(
     dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in means)
     lengths, dropped = mask.lengths_k.contiguous(), dropped_blocks(mask).view(torch.int8)
     _means_kernel[(triton.cdiv(mask.num_k, config.tile_k), heads, batch)](
-        q,
-        *means,
-        grad,
-        dk,
-        dv,
-        *rows,
-        lengths,
-        dropped,
+        q, *means, grad, dk, dv, *rows, lengths, dropped,
         *(stride for x in (q, grad) for stride in x.stride()[:3]),
         *(stride for x in (lengths, dropped) for stride in broadcast_strides(x)),
-        tokens,
-        mask.num_q * mask.block_q,
-        mask.num_k,
-        options.scale * math.log2(math.e),
-        **tile_constants(dim, q.dtype, mask.block_q, config),
-        **compile_options(config),
-    )
+        tokens, mask.num_q * mask.block_q, mask.num_k, options.scale * math.log2(math.e),
+        **tile_constants(dim, q.dtype, mask.block_q, config), **compile_options(config),
+    )  # fmt: skip
     return dk, dv

@@ -32,60 +32,17 @@ from .tiles import Config, variant_reason
 
 @triton.jit
 def _block_sparse_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    indices_ptr,
-    counts_ptr,
-    full_counts_ptr,
-    every_ptr,
-    lengths_ptr,
-    mean_k_ptr,
-    mean_v_ptr,
-    dropped_ptr,
-    order_ptr,
-    q_descriptor,
-    k_descriptor,
-    v_descriptor,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_ib,
-    stride_ih,
-    stride_iq,
-    stride_cb,
-    stride_ch,
-    stride_lb,
-    stride_lh,
-    stride_db,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, indices_ptr, counts_ptr, full_counts_ptr, every_ptr, lengths_ptr, mean_k_ptr,
+    mean_v_ptr, dropped_ptr, order_ptr,
+    q_descriptor, k_descriptor, v_descriptor,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
+    stride_oh, stride_os, stride_ib, stride_ih, stride_iq, stride_cb, stride_ch, stride_lb, stride_lh, stride_db,
     stride_dh,
-    tokens_q,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    COMPENSATE: tl.constexpr,
-    MEANS_TILE: tl.constexpr,
-    MEANS_STAGES: tl.constexpr,
-    VARIANT: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tokens_q, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, COMPENSATE: tl.constexpr, MEANS_TILE: tl.constexpr,
+    MEANS_STAGES: tl.constexpr, VARIANT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
     # Masks cost registers; smaller tiles make room for them, or the loop over full blocks would pay with spills.
     RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
@@ -230,37 +187,14 @@ def block_sparse_fwd(
         dropped = dropped_blocks(mask).view(torch.int8)
     row_tiles = mask.block_q // config.tile_q
     _block_sparse_fwd_kernel[(mask.num_q * row_tiles, heads, batch)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        indices,
-        counts,
-        full_counts,
-        mask.every,
-        lengths,
-        mean_k,
-        mean_v,
-        dropped,
-        longest_first(mask),
-        _descriptor(q, config.tile_q) if config.variant == "warps" else None,
+        q, k, v, out, lse, indices, counts, full_counts, mask.every, lengths, mean_k, mean_v, dropped,
+        longest_first(mask), _descriptor(q, config.tile_q) if config.variant == "warps" else None,
         *(None if config.variant == "loads" else _descriptor(x, config.tile_k) for x in (k, v)),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *broadcast_strides(indices),
-        indices.stride(2),
-        *broadcast_strides(counts),
-        *broadcast_strides(lengths),
-        *broadcast_strides(dropped),
-        tokens,
-        mask.num_k,
-        scale * math.log2(math.e),
-        **constants(dim, q.dtype, mask.block_q, mask.block_k, config, compensate=compensate),
-        **compile_options(config),
-    )
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *broadcast_strides(indices),
+        indices.stride(2), *broadcast_strides(counts), *broadcast_strides(lengths), *broadcast_strides(dropped),
+        tokens, mask.num_k, scale * math.log2(math.e),
+        **constants(dim, q.dtype, mask.block_q, mask.block_k, config, compensate=compensate), **compile_options(config),
+    )  # fmt: skip
     return out, lse
 
 
@@ -289,7 +223,7 @@ def constants(
         block_q: Queries in a block of the mask.
         block_k: Keys in a block of the mask.
         config: Tiles that divide the mask's blocks.
-        compensate: Whether means stand in for blocks that are not listed.
+        compensate: Whether means of skipped blocks join the softmax.
     """
     return {
         "HEAD_DIM": head_dim,

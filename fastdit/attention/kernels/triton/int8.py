@@ -1,4 +1,4 @@
-"""The forward pass over listed blocks in low precision, for NVIDIA GPUs; ``quantize.py`` says what is computed."""
+"""The forward pass over listed blocks in low precision, for NVIDIA GPUs; ``quantize.py`` defines it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,12 @@ _LOG2_E4M3_MAX = tl.constexpr(math.log2(E4M3_MAX))
 
 @triton.jit
 def _attend(
-    q,
-    acc,
-    total,
-    top,
-    scale,
-    k_head,
-    scales_head,
-    v_head,
-    block,
-    within,
-    length,
+    q, acc, total, top, scale, k_head, scales_head, v_head, block, within, length,
     stride_vs,
     dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_K: tl.constexpr,
-    FP8: tl.constexpr,
-    RAGGED: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, FP8: tl.constexpr,
+    RAGGED: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     keys = within + tl.arange(0, TILE_K)
     start = block.to(tl.int64) * BLOCK_K
     k = tl.load(k_head + start * PADDED_DIM + (keys[:, None] * PADDED_DIM + dims[None, :]))
@@ -81,60 +66,15 @@ def _attend(
 
 @triton.jit
 def _int8_fwd_kernel(
-    q_ptr,
-    q8_ptr,
-    q_scales_ptr,
-    k8_ptr,
-    k_scales_ptr,
-    v_ptr,
-    v_scales_ptr,
-    out_ptr,
-    lse_ptr,
-    indices_ptr,
-    counts_ptr,
-    full_counts_ptr,
-    every_ptr,
-    lengths_ptr,
-    mean_k_ptr,
-    mean_v_ptr,
-    dropped_ptr,
-    index_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_ib,
-    stride_ih,
-    stride_iq,
-    stride_cb,
-    stride_ch,
-    stride_lb,
-    stride_lh,
-    stride_db,
-    stride_dh,
-    stride_nh,
-    tokens_q,
-    num_q,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    FP8: tl.constexpr,
-    COMPENSATE: tl.constexpr,
-    INDEXED: tl.constexpr,
-    MEANS_TILE: tl.constexpr,
-    MEANS_STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    q_ptr, q8_ptr, q_scales_ptr, k8_ptr, k_scales_ptr, v_ptr, v_scales_ptr, out_ptr, lse_ptr, indices_ptr, counts_ptr,
+    full_counts_ptr, every_ptr, lengths_ptr, mean_k_ptr, mean_v_ptr, dropped_ptr, index_ptr,
+    stride_qb, stride_qh, stride_qs, stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_ib,
+    stride_ih, stride_iq, stride_cb, stride_ch, stride_lb, stride_lh, stride_db, stride_dh, stride_nh,
+    tokens_q, num_q, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, FP8: tl.constexpr, COMPENSATE: tl.constexpr, INDEXED: tl.constexpr,
+    MEANS_TILE: tl.constexpr, MEANS_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
     RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
     RAGGED_SPLIT: tl.constexpr = BLOCK_K // RAGGED_TILE_K
@@ -217,13 +157,7 @@ def int8_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Quantise, and launch the kernel.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries, fp16 or bf16, last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        v: ``(B, H, Sk, D)`` values, likewise.
-        mask: The blocks.
-        options: How, in low precision.
-        config: Tiles that divide the mask's blocks.
+    Arguments as for ``block_sparse_fwd``.
 
     Returns:
         The output, ``(B, H, Sq, D)`` in the dtype and memory order of ``q``, and the natural log-sum-exp,
@@ -252,40 +186,14 @@ def int8_fwd(
     values, v_scales = quantize_values(v, mask, index_v) if fp8 else (v, lse)
     order = counts if index is None else index.contiguous()[None]
     _int8_fwd_kernel[(triton.cdiv(tokens, config.tile_q), heads, batch)](
-        q,
-        rounded.q,
-        rounded.q_scales,
-        rounded.k,
-        rounded.k_scales,
-        values,
-        v_scales,
-        out,
-        lse,
-        indices,
-        counts,
-        full_counts,
-        mask.every,
-        lengths,
-        mean_k,
-        mean_v,
-        dropped,
-        order,
-        *q.stride()[:3],
-        *values.stride()[:3],
-        *out.stride()[:3],
-        *broadcast_strides(indices),
-        indices.stride(2),
-        *broadcast_strides(counts),
-        *broadcast_strides(lengths),
-        *broadcast_strides(dropped),
+        q, rounded.q, rounded.q_scales, rounded.k, rounded.k_scales, values, v_scales, out, lse, indices, counts,
+        full_counts, mask.every, lengths, mean_k, mean_v, dropped, order,
+        *q.stride()[:3], *values.stride()[:3], *out.stride()[:3], *broadcast_strides(indices), indices.stride(2),
+        *broadcast_strides(counts), *broadcast_strides(lengths), *broadcast_strides(dropped),
         broadcast_strides(order)[1],
-        tokens,
-        mask.num_q,
-        mask.num_k,
-        scale * math.log2(math.e),
-        **int8_constants(dim, options, mask.block_q, mask.block_k, config),
-        **compile_options(config),
-    )
+        tokens, mask.num_q, mask.num_k, scale * math.log2(math.e),
+        **int8_constants(dim, options, mask.block_q, mask.block_k, config), **compile_options(config),
+    )  # fmt: skip
     return out, lse
 
 
@@ -294,12 +202,10 @@ def int8_constants(
 ) -> dict[str, int | bool]:
     """Return the compile-time arguments of the kernel.
 
+    Arguments as for ``constants``.
+
     Args:
-        head_dim: In [16, 128].
         options: How, in low precision.
-        block_q: Queries in a block of the mask.
-        block_k: Keys in a block of the mask.
-        config: Tiles that divide the mask's blocks.
     """
     return {
         "HEAD_DIM": head_dim,

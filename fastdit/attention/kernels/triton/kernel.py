@@ -1,4 +1,4 @@
-"""The Triton kernels as the door sees them. Triton itself is imported when a kernel first runs."""
+"""The Triton kernels as ``dispatch`` calls them. Triton is imported when a kernel first runs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,7 @@ EXPONENTIALS_BOUND = {80: 32, 90: 64}
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> str | None:
-    """Return why this kernel cannot run for these arguments, or ``None``.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        k: ``(B, H, Sk, D)`` keys.
-        v: ``(B, H, Sk, D)`` values.
-        mask: The blocks.
-        options: How.
-    """
+    """Return why this kernel cannot run for these arguments, or ``None``."""
     if not q.is_cuda and not (_interpreted() and q.device.type == "cpu"):
         return f"it needs CUDA tensors, got {q.device}"
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -60,17 +52,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
     if q.is_cuda and _capability(q) < (9, 0):
         return f"variant {options.variant!r} needs compute capability 9.0 or later"
     if options.variant == "warps" and options.compensate is not None:
-        return "variant 'warps' knows no compensation; variant='tma' can run"
+        return "variant 'warps' does not support compensation; use variant='tma'"
     return variant_reason(options.variant, q, k, v)
 
 
 def no_gain(q: Tensor, options: Options) -> str | None:
-    """Return why low precision is not faster for these arguments though it can run, or ``None``.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries.
-        options: How.
-    """
+    """Return why low precision is not faster for these arguments though it can run, or ``None``."""
     capability = _capability(q)
     bound = EXPONENTIALS_BOUND.get(table_arch(capability), 0)
     if options.precision is None or q.shape[3] > bound:
@@ -82,19 +69,7 @@ def no_gain(q: Tensor, options: Options) -> str | None:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) -> tuple[Tensor, Tensor]:
-    """Compute the attention of listed blocks; the backward computes the weights again instead of keeping them.
-
-    Args:
-        q: ``(B, H, Sq, D)`` queries, last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        v: ``(B, H, Sk, D)`` values, likewise.
-        mask: The blocks.
-        options: How.
-
-    Returns:
-        The output, ``(B, H, Sq, D)`` in the dtype of ``q``, and the natural log-sum-exp, ``(B, H, Sq)`` fp32, which
-        carries no gradient.
-    """
+    """Compute the attention of listed blocks; the backward computes the weights again instead of keeping them."""
     if options.precision is None:
         return _BlockSparse.apply(mask, options, q, k, v)  # type: ignore[return-value]
     from .int8 import int8_fwd

@@ -1,4 +1,4 @@
-"""Tokens put into another order in one launch, for NVIDIA GPUs: q, k and v share the reading of the order."""
+"""Reordering of tokens, for NVIDIA GPUs: q, k and v in one launch that reads the order once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,12 @@ ROWS = 32  # tokens of a program
 
 @triton.jit
 def _copy(
-    from_ptr,
-    to_ptr,
-    source,
-    rows,
-    tokens,
-    stride_b,
-    stride_h,
-    stride_s,
-    batch,
-    head,
-    place,
-    dims,
+    from_ptr, to_ptr,
+    source, rows, tokens,
+    stride_b, stride_h, stride_s,
+    batch, head, place, dims,
     HEAD_DIM: tl.constexpr,
-):
+):  # fmt: skip
     inside = dims < HEAD_DIM
     x = tl.load(
         from_ptr + batch * stride_b + head * stride_h + source[:, None] * stride_s + dims[None, :],
@@ -39,29 +31,11 @@ def _copy(
 
 @triton.jit
 def _lay_out_kernel(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    new_a_ptr,
-    new_b_ptr,
-    new_c_ptr,
-    index_ptr,
-    stride_ab,
-    stride_ah,
-    stride_as,
-    stride_bb,
-    stride_bh,
-    stride_bs,
-    stride_cb,
-    stride_ch,
-    stride_cs,
-    stride_ih,
+    a_ptr, b_ptr, c_ptr, new_a_ptr, new_b_ptr, new_c_ptr, index_ptr,
+    stride_ab, stride_ah, stride_as, stride_bb, stride_bh, stride_bs, stride_cb, stride_ch, stride_cs, stride_ih,
     tokens,
-    TENSORS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    TENSORS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -99,15 +73,11 @@ def triton_lay_out(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     given = (*tensors, *tensors[:1] * unused)
     with launching_on(index.device):
         _lay_out_kernel[(triton.cdiv(tokens, ROWS), heads, batch)](
-            *given,
-            *laid_out,
-            *laid_out[:1] * unused,
-            index,
-            *(stride for x in given for stride in x.stride()[:3]),
-            index.stride(0) if index.shape[0] > 1 else 0,
+            *given, *laid_out, *laid_out[:1] * unused, index,
+            *(stride for x in given for stride in x.stride()[:3]), index.stride(0) if index.shape[0] > 1 else 0,
             tokens,
             **layout_constants(len(tensors), dim),
-        )
+        )  # fmt: skip
     return laid_out
 
 
@@ -118,9 +88,4 @@ def layout_constants(tensors: int, head_dim: int) -> dict[str, int]:
         tensors: How many are copied, in [1, 3].
         head_dim: At least 1.
     """
-    return {
-        "TENSORS": tensors,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": triton.next_power_of_2(head_dim),
-        "ROWS": ROWS,
-    }
+    return {"TENSORS": tensors, "HEAD_DIM": head_dim, "PADDED_DIM": triton.next_power_of_2(head_dim), "ROWS": ROWS}

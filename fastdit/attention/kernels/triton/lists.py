@@ -1,4 +1,4 @@
-"""Lists of blocks from a map of them, for NVIDIA GPUs: one pass over one byte a pair, instead of a sort."""
+"""Block lists from a block map, for NVIDIA GPUs: one pass over the map instead of a sort."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ from .primitives import broadcast_strides
 
 
 @triton.jit
-def _chosen(
-    map_row,
-    ragged_ptr,
-    columns,
-    row_in_map,
-    stride_mk,
-    map_k,
-    num_k,
-):
+def _chosen(map_row, ragged_ptr, columns, row_in_map, stride_mk, map_k, num_k):
     inside = columns < num_k
     # Outside of the map there is text, which attends to all and is attended to by all.
     mapped = row_in_map & (columns < map_k)
@@ -32,21 +24,11 @@ def _chosen(
 
 @triton.jit
 def _lists_kernel(
-    map_ptr,
-    ragged_ptr,
-    indices_ptr,
-    counts_ptr,
-    full_counts_ptr,
-    stride_mb,
-    stride_mh,
-    stride_mq,
-    stride_mk,
-    map_q,
-    map_k,
-    num_k,
-    width,
+    map_ptr, ragged_ptr, indices_ptr, counts_ptr, full_counts_ptr,
+    stride_mb, stride_mh, stride_mq, stride_mk,
+    map_q, map_k, num_k, width,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -114,19 +96,11 @@ def triton_lists(
     counts, full_counts = torch.empty(2, batch, heads, num_q, dtype=torch.int32, device=blocks.device)
     with launching_on(blocks.device):
         _lists_kernel[(num_q, heads, batch)](
-            blocks.view(torch.int8),
-            ragged.view(torch.int8),
-            indices,
-            counts,
-            full_counts,
-            *broadcast_strides(blocks),
-            *blocks.stride()[2:],
-            map_q,
-            map_k,
-            num_k,
-            width,
+            blocks.view(torch.int8), ragged.view(torch.int8), indices, counts, full_counts,
+            *broadcast_strides(blocks), *blocks.stride()[2:],
+            map_q, map_k, num_k, width,
             **lists_constants(num_k),
-        )
+        )  # fmt: skip
     return indices, counts, full_counts
 
 

@@ -15,20 +15,11 @@ from .primitives import _dot, broadcast_strides
 
 @triton.jit
 def _scores(
-    q,
-    k_head,
-    tile,
-    lengths,
+    q, k_head, tile, lengths,
     stride_ks,
-    tokens_k,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    tokens_k, scale, dims,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE_K: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK // TILE_K
     within = (tile % SPLIT) * TILE_K + tl.arange(0, TILE_K)
     keys = (tile // SPLIT) * BLOCK + within
@@ -40,35 +31,12 @@ def _scores(
 
 @triton.jit
 def _block_mass_kernel(
-    q_ptr,
-    k_ptr,
-    lse_ptr,
-    mass_ptr,
-    lengths_q_ptr,
-    lengths_k_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_nb,
-    stride_nh,
-    stride_lb,
-    stride_lh,
-    tokens_q,
-    tokens_k,
-    num_k,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, lse_ptr, mass_ptr, lengths_q_ptr, lengths_k_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_nb, stride_nh, stride_lb, stride_lh,
+    tokens_q, tokens_k, num_k, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    NORMALISE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK // TILE_K
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -117,15 +85,7 @@ def triton_block_mass(
 ) -> Tensor:
     """Sum the attention map over each pair of blocks, as ``mass.block_mass`` does.
 
-    Args:
-        q: ``(B, H, Sq, D)`` queries, bf16, fp16 or fp32, D in [16, 128], last axis contiguous.
-        k: ``(B, H, Sk, D)`` keys, likewise.
-        lse: ``(B, H, Sq)`` fp32 log-sum-exp of each row in natural log; ``None`` takes that of the keys given, in one
-            more pass over them.
-        scale: Softmax scale.
-        block: Tokens per block, a power of two of at least 16.
-        lengths_q: ``(B or 1, H or 1, Nq)`` real queries of each block, which come first.
-        lengths_k: ``(B or 1, H or 1, Nk)`` real keys of each block, likewise.
+    Arguments as for ``attention_rows``.
 
     Returns:
         ``(B, H, Nq, Nk)`` fp32.
@@ -138,23 +98,11 @@ def triton_block_mass(
     lengths_q, lengths_k = (x.to(torch.int32).contiguous() for x in (lengths_q, lengths_k))
     with launching_on(q.device):
         _block_mass_kernel[(num_q * split, heads, batch)](
-            q,
-            k,
-            mass if lse is None else lse.contiguous(),
-            mass,
-            lengths_q,
-            lengths_k,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *broadcast_strides(lengths_q),
-            *broadcast_strides(lengths_k),
-            tokens_q,
-            k.shape[2],
-            num_k,
-            scale * math.log2(math.e),
-            **constexprs,
-            **mass_options(q.dtype, constexprs["TILE_Q"]),
-        )
+            q, k, mass if lse is None else lse.contiguous(), mass, lengths_q, lengths_k,
+            *q.stride()[:3], *k.stride()[:3], *broadcast_strides(lengths_q), *broadcast_strides(lengths_k),
+            tokens_q, k.shape[2], num_k, scale * math.log2(math.e),
+            **constexprs, **mass_options(q.dtype, constexprs["TILE_Q"]),
+        )  # fmt: skip
     return mass if split == 1 else mass.unflatten(2, (-1, split)).sum(3)
 
 

@@ -1,4 +1,4 @@
-"""Means of blocks in one pass, for NVIDIA GPUs: eager code would copy tokens to put them in order and blank padding."""
+"""Means of blocks in one pass, for NVIDIA GPUs, without the copies of eager code."""
 
 from __future__ import annotations
 
@@ -14,23 +14,11 @@ from .primitives import MEANS_TILE, broadcast_strides
 
 @triton.jit
 def _block_means_kernel(
-    x_ptr,
-    means_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
+    x_ptr, means_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
     num_blocks,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -73,10 +61,9 @@ def triton_means_of_blocks(
 ) -> Tensor:
     """Average tokens over the real ones of each block, as ``means.means_of_blocks`` does.
 
+    Arguments as for ``means_of_blocks``.
+
     Args:
-        x: ``(B, H, S, D)``, last axis contiguous; padding may hold anything.
-        block: Tokens per block, at least 1.
-        lengths: ``(N,)``, ``(1 or H, N)`` or ``(B or 1, H or 1, N)`` real tokens of each block, the first ones in it.
         index: ``(1 or H, S_padded)`` int64, the token at each position of the blocks; default: the positions.
         blocks: Blocks of the result, at least N; default: N.
 
@@ -91,16 +78,11 @@ def triton_means_of_blocks(
     order = lengths if index is None else index.contiguous()
     with launching_on(x.device):
         _block_means_kernel[(blocks, heads, batch)](
-            x,
-            means,
-            lengths,
-            order,
-            *x.stride()[:3],
-            *broadcast_strides(lengths),
-            order.stride(0) if order.shape[0] > 1 else 0,
+            x, means, lengths, order,
+            *x.stride()[:3], *broadcast_strides(lengths), order.stride(0) if order.shape[0] > 1 else 0,
             num,
             **means_constants(dim, block, indexed=index is not None),
-        )
+        )  # fmt: skip
     return means
 
 

@@ -1,4 +1,4 @@
-"""Parts that several Triton kernels are built from."""
+"""Device functions that several Triton kernels share."""
 
 from __future__ import annotations
 
@@ -42,16 +42,7 @@ def _add_some(scores, v, acc, total, top, WIDEN: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _read(
-    head_ptr,
-    block,
-    rows,
-    stride,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _read(head_ptr, block, rows, stride, dims, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
     start = head_ptr + block.to(tl.int64) * BLOCK_K * stride
     return _load(start + (rows[:, None] * stride + dims[None, :]), dims, HEAD_DIM, PADDED_DIM)
 
@@ -93,24 +84,9 @@ def next_ragged(place, length, SPLIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _attend_means(
-    q,
-    acc,
-    total,
-    top,
-    k_head,
-    v_head,
-    dropped_row,
-    length_head,
-    start,
-    num_k,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, acc, total, top, k_head, v_head, dropped_row, length_head, start, num_k, scale, dims,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     blocks = start + tl.arange(0, TILE)
     inside = blocks < num_k
     dropped = tl.load(dropped_row + blocks, mask=inside, other=0) != 0
@@ -144,21 +120,9 @@ def broadcast_strides(x: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def of_queries(
-    dq,
-    q,
-    grad,
-    log_total,
-    delta,
-    k_tile,
-    v_tile,
-    bias,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dq, q, grad, log_total, delta, k_tile, v_tile, bias, scale, dims,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     k = _load(k_tile, dims, HEAD_DIM, PADDED_DIM)
     v = _load(v_tile, dims, HEAD_DIM, PADDED_DIM)
     scores = _dot(q, tl.trans(k), None, WIDEN, PRECISION) * scale
@@ -172,22 +136,9 @@ def of_queries(
 
 @triton.jit
 def of_keys(
-    dk,
-    dv,
-    k,
-    v,
-    q_tile,
-    grad_tile,
-    log_total_row,
-    delta_row,
-    bias,
-    scale,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk, dv, k, v, q_tile, grad_tile, log_total_row, delta_row, bias, scale, dims,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     q = _load(q_tile, dims, HEAD_DIM, PADDED_DIM)
     grad = _load(grad_tile, dims, HEAD_DIM, PADDED_DIM)
     scores = _dot(k, tl.trans(q), None, WIDEN, PRECISION) * scale
@@ -213,11 +164,7 @@ def bias_of_means(dropped_row, length_ptr, blocks, num_k):
 def tile_constants(head_dim: int, dtype: torch.dtype, block_q: int, config: Config) -> dict[str, int | bool | str]:
     """Return the compile-time arguments that the backward kernels share, all that the one for means has.
 
-    Args:
-        head_dim: In [16, 128].
-        dtype: Of q, k and v.
-        block_q: Queries in a block of the mask.
-        config: Tiles, of which ``tile_q`` divides ``block_q``.
+    Arguments as for ``constants``.
     """
     return {
         "HEAD_DIM": head_dim,

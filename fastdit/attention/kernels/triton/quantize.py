@@ -1,4 +1,4 @@
-"""Quantisation as ``quantize.py`` defines it, reading each of q, k and v as often as it must, for NVIDIA GPUs."""
+"""Quantisation as ``quantize.py`` defines it, with as few passes as possible, for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Quantized:
         q_scales: ``(B, H, Nq)`` fp32, times the softmax scale, times log2(e).
         k: ``(B, H, Nk * block_k, Dp)`` int8.
         k_scales: ``(B, H, Nk)`` fp32.
-        lost: ``(B, H, Sq)`` fp32, what smoothing took off the logits of a row, in natural log.
-        k_mean: ``(B, H, D)`` fp32, the mean that was taken off the keys.
+        lost: ``(B, H, Sq)`` fp32, what smoothing subtracted from the logits of a row, in natural log.
+        k_mean: ``(B, H, D)`` fp32, the mean subtracted from the keys.
         q_means: ``(B, H, Nq, D)`` fp32, means of the real queries in each block; ``None`` unless asked for.
         k_means: ``(B, H, Np, D)`` fp32, means of the real keys in each block before smoothing, as
             ``triton_block_means`` returns them.
@@ -58,17 +58,9 @@ def to_e4m3(x, ROUND: tl.constexpr):
 
 @triton.jit
 def _real_rows(
-    x_head,
-    index_head,
-    first,
-    start,
-    length,
-    stride,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x_head, index_head, first, start, length, stride, dims,
+    HEAD_DIM: tl.constexpr, INDEXED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     rows = start + tl.arange(0, TILE)
     if INDEXED:
         tokens = tl.load(index_head + first + rows, mask=rows < length, other=0)
@@ -88,30 +80,12 @@ def _magnitudes(x):
 
 @triton.jit
 def _quantize_blocks_kernel(
-    x_ptr,
-    mean_ptr,
-    rounded_ptr,
-    scales_ptr,
-    lost_ptr,
-    means_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
-    tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    POOL: tl.constexpr,
-):
+    x_ptr, mean_ptr, rounded_ptr, scales_ptr, lost_ptr, means_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
+    tokens, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    QUERIES: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -159,22 +133,10 @@ def _quantize_blocks_kernel(
 
 @triton.jit
 def _largest_values_kernel(
-    x_ptr,
-    largest_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    x_ptr, largest_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -193,24 +155,11 @@ def _largest_values_kernel(
 
 @triton.jit
 def _quantize_values_kernel(
-    x_ptr,
-    largest_ptr,
-    rounded_ptr,
-    lengths_ptr,
-    index_ptr,
-    stride_xb,
-    stride_xh,
-    stride_xs,
-    stride_lb,
-    stride_lh,
-    stride_ih,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+    x_ptr, largest_ptr, rounded_ptr, lengths_ptr, index_ptr,
+    stride_xb, stride_xh, stride_xs, stride_lb, stride_lh, stride_ih,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     ROUND: tl.constexpr,
-):
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -258,24 +207,13 @@ def quantize_queries_keys(
         out = torch.empty(batch, heads, num * block, constants["PADDED_DIM"], dtype=torch.int8, device=q.device)
         scales = torch.empty(batch, heads, num, dtype=torch.float32, device=q.device)
         _quantize_blocks_kernel[(num, heads, batch)](
-            x,
-            k_mean,
-            out,
-            scales,
-            lost,
+            x, k_mean, out, scales, lost,
             k_mean if q_means is None else q_means,  # not written
-            lengths,
-            order,
-            *x.stride()[:3],
-            *broadcast_strides(lengths),
-            broadcast_strides(order)[1],
-            tokens,
-            scale,
-            QUERIES=queries,
-            POOL=pool,
-            **constants,
-            **quantize_options(),
-        )
+            lengths, order,
+            *x.stride()[:3], *broadcast_strides(lengths), broadcast_strides(order)[1],
+            tokens, scale,
+            QUERIES=queries, POOL=pool, **constants, **quantize_options(),
+        )  # fmt: skip
         return out, scales
 
     q8, k8 = rounded(q, mask.block_q, lengths_q, True), rounded(k, mask.block_k, lengths_k, False)

@@ -1,4 +1,4 @@
-"""Which tiles each kernel uses on which GPU: plain data."""
+"""Tile sizes of each kernel by GPU, as plain data."""
 
 from __future__ import annotations
 
@@ -100,26 +100,15 @@ _SINGLE_128 = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
 
 # (architecture, head dim, bits per element): best first. The first whose tiles divide the mask's blocks is used.
 TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
-    (80, 64, 16): _HALF_64,
-    (80, 128, 16): _HALF_128,
-    (80, 64, 32): _SINGLE_64,
-    (80, 128, 32): _SINGLE_128,
-    (89, 64, 16): _HALF_64,
-    (89, 128, 16): _HALF_128,
-    (89, 64, 32): _SINGLE_64,
-    (89, 128, 32): _SINGLE_128,
-    (90, 64, 16): _HALF_64,
+    **{(arch, 64, 16): _HALF_64 for arch in _ARCHITECTURES},
+    **{(arch, 128, 16): _HALF_128 for arch in _ARCHITECTURES},
+    **{(arch, 64, 32): _SINGLE_64 for arch in _ARCHITECTURES},
+    **{(arch, 128, 32): _SINGLE_128 for arch in _ARCHITECTURES},
     # Two programs of 64 x 64 with 4 warps share a multiprocessor.
     (90, 128, 16): (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL),
-    (90, 64, 32): _SINGLE_64,
-    (90, 128, 32): _SINGLE_128,
     (100, 64, 16): (Config(128, 64, 8, 2), Config(64, 64, 4, 3), *_SMALL),
-    (100, 128, 16): _HALF_128,
-    (100, 64, 32): _SINGLE_64,
     (100, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
-    (120, 64, 16): _HALF_64,
     (120, 128, 16): (Config(128, 64, 8, 2), Config(64, 32, 4, 3), *_SMALL),
-    (120, 64, 32): _SINGLE_64,
     (120, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
 }
 
@@ -152,11 +141,7 @@ CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
         Config(64, 128, 4, 2, "warps"),
     ),
     (100, 64, 16): (Config(32, 32, 4, 3, "tma"), Config(128, 64, 4, 2, "warps"), Config(64, 64, 4, 2, "warps")),
-    (100, 128, 16): (
-        Config(128, 64, 8, 2, "tma"),
-        Config(32, 32, 8, 2, "tma"),
-        Config(64, 64, 4, 2, "warps"),
-    ),
+    (100, 128, 16): (Config(128, 64, 8, 2, "tma"), Config(32, 32, 8, 2, "tma"), Config(64, 64, 4, 2, "warps")),
 }
 
 
@@ -178,7 +163,7 @@ def choose_config(
         dtype: bf16, fp16 or fp32.
         block_q: Queries in a block of the mask, a multiple of 16.
         block_k: Keys in a block of the mask, a multiple of 16.
-        compensate: Whether means stand in for blocks that are not listed.
+        compensate: Whether means of skipped blocks join the softmax.
         variant: The only one to choose from, or ``None``.
 
     Raises:
@@ -260,12 +245,7 @@ def choose_backward(
 ) -> BackwardConfig:
     """Return the best settings for a call.
 
-    Args:
-        capability: Compute capability of the GPU, ``(8, 0)`` or later.
-        head_dim: In [16, 128].
-        dtype: bf16, fp16 or fp32.
-        block_q: Queries in a block of the mask, a multiple of 16.
-        block_k: Keys in a block of the mask, a multiple of 16.
+    Arguments as for ``choose_config``.
     """
     key = table_arch(capability), 64 if head_dim <= 64 else 128, dtype.itemsize * 8
     return BackwardConfig(
@@ -281,12 +261,10 @@ def choose_int8_config(
 ) -> Config:
     """Return the best settings for a call that ``int8_reason`` has nothing against.
 
+    Arguments as for ``choose_config``.
+
     Args:
-        capability: Compute capability of the GPU, ``(8, 0)`` or later.
-        head_dim: In [16, 128].
         precision: ``"int8"`` or ``"int8_fp8"``.
-        block_q: Queries in a block of the mask, a multiple of 16.
-        block_k: Keys in a block of the mask, likewise; of 32 for ``"int8_fp8"``.
     """
     configs = TABLE_INT8[table_arch(capability), 64 if head_dim <= 64 else 128, precision]
     return next(c for c in configs if block_q % c.tile_q == 0 and block_k % c.tile_k == 0)
@@ -295,11 +273,10 @@ def choose_int8_config(
 def int8_reason(capability: tuple[int, int], dtype: torch.dtype, precision: str, block_k: int) -> str | None:
     """Return why a call cannot run, or cannot gain, in low precision, or ``None``.
 
+    Arguments as for ``choose_config``.
+
     Args:
-        capability: Compute capability of the GPU, ``(8, 0)`` or later.
-        dtype: Of q, k and v.
         precision: ``"int8"`` or ``"int8_fp8"``.
-        block_k: Keys in a block of the mask, a multiple of 16.
     """
     version = ".".join(map(str, capability))
     if dtype.itemsize != 2:

@@ -1,4 +1,4 @@
-"""Calibration of PARO: from the queries and keys of a dense run to a plan."""
+"""Calibration of PARO plans from the queries and keys of a dense run."""
 
 from __future__ import annotations
 

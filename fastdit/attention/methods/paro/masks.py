@@ -30,7 +30,7 @@ VERSION = 1
 
 
 class ParoPlan:
-    """Hold what a calibration found: an order of the axes and maps of blocks for each layer and head.
+    """The result of a calibration: an axis order and block maps for each layer and head.
 
     A plan never changes, and two plans of the same content are equal. Maps cover the blocks of the video; text is
     always computed.
@@ -148,7 +148,7 @@ class ParoPlan:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if "paro_plan" not in metadata:
-                    raise ValueError(f"{path} is a safetensors file, but no plan for 'paro'")
+                    raise ValueError(f"{path} is a safetensors file, but not a plan for 'paro'")
                 about = json.loads(metadata["paro_plan"])
                 if about.get("version") != VERSION:
                     raise ValueError(
@@ -171,7 +171,7 @@ class ParoPlan:
         except OSError as error:
             raise ValueError(f"the plan {path} cannot be read: {error}") from error
         except (SafetensorError, KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no plan for 'paro', or it is damaged: {error}") from error
+            raise ValueError(f"{path} is not a plan for 'paro', or it is damaged: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a plan never changes: {name} cannot be set; make another one")

@@ -1,4 +1,4 @@
-"""PAROAttention: each head in the axis order that makes its attention compact, with blocks found beforehand."""
+"""PAROAttention: a calibrated axis order and calibrated blocks for each head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Paro", "ParoPlan", "calibrate"]
 @register("paro")
 @dataclass(frozen=True, kw_only=True)
 class Paro(BlockMethod):
-    """Attend to blocks that a calibration has found, each head in an axis order of its own.
+    """Attention to calibrated blocks, each head in an axis order of its own.
 
     Nothing is chosen while a video is made: orders and blocks are those of the plan, which fits one grid and one
     length of text. It also says at which steps blocks change, whatever ``Schedule.refresh_steps`` is.
@@ -62,13 +62,7 @@ class Paro(BlockMethod):
         return {**super().describe(), "plan": plan}
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Look orders and blocks up.
-
-        Args:
-            q: ``(B, H, S, D)`` queries; only their heads and device matter.
-            k: ``(B, H, S, D)`` keys; not used.
-            call: The call.
-            state: Keeps the blocks until the next bucket of steps, for all guidance passes.
+        """Look up orders and blocks.
 
         Raises:
             ValueError: There is no plan, or it is for something else, or the step bucket cannot be known.
@@ -85,18 +79,7 @@ class Paro(BlockMethod):
         return Pattern(stack_heads(layouts), mask)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Compute the attention of the blocks that the plan has for this layer and step.
-
-        Args:
-            q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
-            k: ``(B, H, S, D)`` keys, likewise.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: What this layer remembers.
-
-        Returns:
-            ``(B, H, S, D)``, in the dtype of ``q``.
-        """
+        """Compute the attention of the blocks that the plan has for this layer and step."""
         state.pattern = None  # looked up in every call, whether or not others are to be rebuilt
         return super().forward(q, k, v, call, state)
 

@@ -1,4 +1,4 @@
-"""Feature maps of linear attention, and the small modules that learned attention is made of.
+"""Feature maps of linear attention, and the learned modules of SLA.
 
 The modules compute in the dtype and on the device of what they are given: their own parameters stay in fp32, and may
 lie elsewhere while a model is offloaded.
@@ -30,7 +30,7 @@ def feature_map(name: str, x: Tensor) -> Tensor:
 
 
 class Hedgehog(Module):
-    """Learn a feature map for each head: softmax over the channels of a projection, and of its negative.
+    """A learned feature map for each head: softmax over the channels of a projection, and of its negative.
 
     It starts with the identity as projection.
 
@@ -59,7 +59,7 @@ class Hedgehog(Module):
 
 
 class Projection(Module):
-    """Learn an affine map of the channels of every head; it starts as 0.
+    """A learned affine map of the channels of every head, initialised to 0.
 
     Args:
         head_dim: Channels of a head, at least 1.
@@ -82,7 +82,7 @@ class Projection(Module):
 
 
 class Router(Module):
-    """Project pooled queries or keys before they are compared; it starts as the identity.
+    """A learned projection of pooled queries or keys before they are compared, initialised to the identity.
 
     Choosing blocks has no gradient, so a router is not trained along with the rest.
 
@@ -107,7 +107,7 @@ class Router(Module):
 
 
 class Mix(Module):
-    """Learn, for each head and along the video, how much of a mix is its second part; it starts at 0.7 %.
+    """The learned share of the second part of a mix, for each head and along the video; it starts at 0.7 %.
 
     Args:
         heads: Heads, at least 1.

@@ -89,16 +89,7 @@ def linear_attention(
 
 
 @linear_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    block: int,
-    features: str = "given",
-    kernel: str = "eager",
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -134,17 +125,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    block: int,
-    features: str,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 
@@ -177,20 +158,13 @@ def join_linear_attention(
 ) -> Tensor:
     """Compute ``exact + share * (linear W^T + b)`` in Triton, where ``linear`` is ``linear_attention`` of the rest.
 
-    The sum is made in fp32 and rounded once. There are no gradients.
+    The sum is made in fp32 and rounded once. There are no gradients. Arguments as for ``linear_attention``.
 
     Args:
         exact: ``(B, H, S, D)`` output of the exact part.
         share: ``(B or 1, H or 1, N)`` share of each query block, bool or in [0, 1]; ``None`` for 1.
         weight: ``(D, D)`` projection ``W``, contiguous; ``None`` for a mix, ``exact + share * (linear - exact)``.
         bias: ``(D,)`` its ``b``, contiguous; ``None`` without a weight.
-        q: ``(B, H, S, E)`` queries, or features of them that are at least 0.
-        k: ``(B, H, S, E)`` keys, or features of them that are at least 0; what padding holds does not matter.
-        v: ``(B, H, S, D)`` values, likewise.
-        blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
-        lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
-        block: Tokens per block, a multiple of 16.
-        features: A map of ``feature_map`` for queries and keys; ``"given"`` if they are features already.
 
     Returns:
         ``(B, H, S, D)`` in the dtype of ``exact``.

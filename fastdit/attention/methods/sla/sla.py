@@ -1,4 +1,4 @@
-"""Sparse-Linear Attention: what matters exactly, the rest by linear attention, joined by learned weights."""
+"""Sparse-Linear Attention: exact attention to critical blocks, linear attention to others, learned weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Negligible = Annotated[
 
 @dataclass(frozen=True, eq=False)
 class SlaPattern(Pattern):
-    """Say also which blocks neither part computes.
+    """A pattern that also names the blocks that neither part computes.
 
     Args:
         negligible: ``(B, H, N, N)`` bool; ``None`` for none.
@@ -41,12 +41,12 @@ class SlaPattern(Pattern):
 @register("sla")
 @dataclass(frozen=True, kw_only=True)
 class Sla(OrderedMethod):
-    """Attend exactly to the critical blocks of each query block, and to others by linear attention.
+    """Exact attention to the critical blocks of each query block, and linear attention to others.
 
     Pooled queries and keys say which blocks are critical; text always is. The linear part is added through a learned
     projection, which is 0 before training (``"sla2"``: mixed in by a learned share, which starts at 0.7 %). Without
-    weights, as in a call outside of a model, there is only the exact part. The stand-ins of ``compensate`` belong to
-    the exact part, and the linear part is joined to that as it would be without them.
+    weights, as in a call outside of a model, there is only the exact part. The means of ``compensate`` belong to the
+    exact part; the linear part is joined to it as without them.
 
     Args:
         density: Fraction of blocks in each row that are critical, in (0, 1]. Reported densities count these blocks; the
@@ -81,17 +81,12 @@ class Sla(OrderedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tie and self.feature_map != "hedgehog":
-            raise ValueError(f"tie=True needs features that are learned, 'hedgehog'; got {self.feature_map!r}")
+            raise ValueError(f"tie=True needs feature_map='hedgehog', got {self.feature_map!r}")
         if self.mix_points > 1 and self.variant != "sla2":
             raise ValueError(f"mix_points belongs to the mix of variant 'sla2', got variant {self.variant!r}")
 
     def make_weights(self, heads: int, head_dim: int) -> Module:
-        """Make what one layer learns: ``projection`` or ``mix``, routers, and learned features.
-
-        Args:
-            heads: Heads of the layer, at least 1.
-            head_dim: Channels of a head, at least 1.
-        """
+        """Make what one layer learns: ``projection`` or ``mix``, routers, and learned features."""
         weights: Any = Module()
         if self.variant == "sla2":
             weights.mix = Mix(heads, self.mix_points)
@@ -105,14 +100,7 @@ class Sla(OrderedMethod):
         return weights
 
     def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> SlaPattern:
-        """Compare pooled queries and keys, and keep the best blocks of each row.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Keeps the layout, and brings the weights.
-        """
+        """Compare pooled queries and keys, and keep the best blocks of each row."""
         layout = self.layout(call, q.device, state)
         video, lengths = layout.video_blocks, layout.block_lengths
         q, k = (pool_laid_out(layout, x)[:, :, :video] for x in (q, k))
@@ -137,19 +125,6 @@ class Sla(OrderedMethod):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: AttentionCall, state: MethodState
     ) -> Tensor:
-        """Compute both parts and join them.
-
-        Args:
-            q: ``(B, H, S_padded, D)`` laid out queries.
-            k: ``(B, H, S_padded, D)`` laid out keys.
-            v: ``(B, H, S_padded, D)`` laid out values.
-            pattern: Order and blocks, padded keys taken out.
-            call: The call.
-            state: Brings the weights.
-
-        Returns:
-            ``(B, H, S_padded, D)`` in the dtype of ``q``.
-        """
         assert isinstance(pattern, SlaPattern)
         weights, mask = self._weights(state), pattern.mask
         exact = super().attend(q, k, v, pattern, call, state)

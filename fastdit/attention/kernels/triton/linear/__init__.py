@@ -1,1 +1,1 @@
-"""The kernels of linear attention, which SLA has beside its blocks."""
+"""The kernels of SLA's linear attention."""

@@ -28,7 +28,7 @@ Place: TypeAlias = tuple[int, slice]
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """Which keys are summed up for each query, and by which features.
+    """The keys that are summed for each query, and their feature map.
 
     Args:
         blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
@@ -69,12 +69,10 @@ def linear_fwd(q: Tensor, k: Tensor, v: Tensor, listed: Listed, join: Join | Non
 def linear_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, listed: Listed) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels, which compute the states again; no two programs add to one sum.
 
+    Arguments as for ``linear_fwd``.
+
     Args:
         grad: ``(B, H, S, D)`` gradient of the output.
-        q: ``(B, H, S, E)`` queries or their features.
-        k: ``(B, H, S, E)`` keys or their features; padding may hold anything.
-        v: ``(B, H, S, D)`` values, likewise.
-        listed: What is summed up.
 
     Returns:
         The gradients of q, k and v, ``(B, H, S, E)``, twice, and ``(B, H, S, D)``, in their dtypes, contiguous; 0 for
@@ -109,7 +107,7 @@ class _Part:
         self.states, self.sums = states, sums
 
     def sum_up(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sum the keys of each query block up, or with weights the queries of each key block."""
+        """Sum the keys of each query block, or with weights the queries of each key block."""
         sum_blocks_up(x, y, weights, self.lengths, *self.shared, self.states)
         listed = self._listed(turned=weights is not None)
         sum_states(listed, self.states, self.shared[2], self.constants, self.sums)

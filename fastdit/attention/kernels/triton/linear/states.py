@@ -1,4 +1,4 @@
-"""States of linear attention: a block of tokens summed up, and sums of these over listed blocks.
+"""States of linear attention: sums over a block of tokens, and sums of these over listed blocks.
 
 A state is ``y^T f(x)`` summed over tokens, and ``f(x)`` summed beside it. It lies in memory as bf16 numbers that add up
 to it, so that every product is one of tensor cores in 16 bits and nothing but their order limits the precision of the
@@ -52,16 +52,7 @@ def _softmax_of(x_rows, present, FEATURES: tl.constexpr, PADDED_FEATURES: tl.con
 
 
 @triton.jit
-def _features(
-    x_rows,
-    present,
-    top,
-    share,
-    features,
-    FEATURES: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+def _features(x_rows, present, top, share, features, FEATURES: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr):
     some = present[:, None] & (features < FEATURES)[None, :]
     x = tl.load(x_rows[:, None] + features[None, :], mask=some, other=0.0).to(tl.float32)
     if MAP == "softmax":
@@ -88,33 +79,13 @@ def _store_parts(target, x, present, STATE_PARTS: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _states_kernel(
-    x_ptr,
-    y_ptr,
-    weights_ptr,
-    lengths_ptr,
-    states_ptr,
-    stride_xh,
-    stride_xs,
-    stride_vh,
-    stride_vs,
-    stride_lh,
-    tokens,
-    num_blocks,
-    blocks_each,
-    FEATURES: tl.constexpr,
-    PADDED_FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDEN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-):
+    x_ptr, y_ptr, weights_ptr, lengths_ptr, states_ptr,
+    stride_xh, stride_xs, stride_vh, stride_vs, stride_lh,
+    tokens, num_blocks, blocks_each,
+    FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK // TILE
     head = tl.program_id(2).to(tl.int64)
     features = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -153,19 +124,12 @@ def _states_kernel(
 
 @triton.jit
 def _sums_kernel(
-    map_ptr,
-    states_ptr,
-    sums_ptr,
+    map_ptr, states_ptr, sums_ptr,
     stride_xh,
-    num_rows,
-    steps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    num_rows, steps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr,
     WIDEN: tl.constexpr,
-):
+):  # fmt: skip
     head = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -211,21 +175,13 @@ def sum_blocks_up(
     constants = token_constants(features, y.shape[2], x.dtype, block, feature_map, config.states)
     chunks = constants["PADDED_FEATURES"] // constants["CHUNK"]
     _states_kernel[(states.shape[1], chunks, heads)](
-        x,
-        y,
+        x, y,
         states if weights is None else weights,  # not read
-        lengths,
-        states,
-        *x.stride()[:2],
-        *y.stride()[:2],
-        lengths.stride(0),
-        tokens,
-        num_blocks,
-        triton.cdiv(num_blocks, states.shape[1]),
-        **constants,
-        WEIGHTED=weights is not None,
-        **token_options(config.states),
-    )
+        lengths, states,
+        *x.stride()[:2], *y.stride()[:2], lengths.stride(0),
+        tokens, num_blocks, triton.cdiv(num_blocks, states.shape[1]),
+        **constants, WEIGHTED=weights is not None, **token_options(config.states),
+    )  # fmt: skip
 
 
 def sum_states(
@@ -244,15 +200,11 @@ def sum_states(
     heads, num_states = states.shape[:2]
     grid = triton.cdiv(sums.shape[1], config.rows), states.shape[3] // constants["COLUMNS"], heads
     _sums_kernel[grid](
-        listed,
-        states,
-        sums,
+        listed, states, sums,
         listed.stride(0),
-        sums.shape[1],
-        num_states // config.step,
-        **constants,
-        **sums_options(config),
-    )
+        sums.shape[1], num_states // config.step,
+        **constants, **sums_options(config),
+    )  # fmt: skip
 
 
 def state_width(features: int, head_dim: int) -> int:
@@ -308,11 +260,7 @@ def token_constants(
 def sums_constants(features: int, head_dim: int, dtype: torch.dtype, config: SlaConfig) -> dict[str, int | bool]:
     """Return the compile-time arguments of the kernel that sums states over blocks.
 
-    Args:
-        features: Features of a token, in [16, 256].
-        head_dim: In [16, 128].
-        dtype: Of queries, keys and values.
-        config: The settings.
+    Arguments as for ``token_constants``.
     """
     return {
         "ROWS": config.rows,

@@ -1,4 +1,4 @@
-"""When the kernels of linear attention run, and with which tiles: plain data, as in ``triton/tiles.py``."""
+"""Requirements and tile sizes of the kernels of linear attention, as plain data like ``triton/tiles.py``."""
 
 from __future__ import annotations
 

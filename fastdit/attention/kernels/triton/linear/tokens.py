@@ -48,23 +48,13 @@ def _load_sum(at, STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _times_features(
-    x_rows,
-    present,
-    top,
-    share,
+    x_rows, present, top, share,
     state_ptr,
     dims,
-    FEATURES: tl.constexpr,
-    PADDED_FEATURES: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr,
     WIDEN: tl.constexpr,
-):
+):  # fmt: skip
     values = tl.zeros([TILE, PADDED_DIM], tl.float32)
     alone = tl.zeros([TILE], tl.float32)
     for first in tl.range(0, PADDED_FEATURES, CHUNK):
@@ -88,35 +78,13 @@ def _project(x, weight_ptr, bias_ptr, dims, HEAD_DIM: tl.constexpr, WIDEN: tl.co
 
 @triton.jit
 def _output_kernel(
-    x_ptr,
-    sums_ptr,
-    out_ptr,
-    exact_ptr,
-    shares_ptr,
-    weight_ptr,
-    bias_ptr,
-    stride_xh,
-    stride_xs,
-    stride_oh,
-    stride_os,
-    stride_exh,
-    stride_exs,
-    stride_sh,
-    tokens,
-    num_sums,
-    FEATURES: tl.constexpr,
-    PADDED_FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    x_ptr, sums_ptr, out_ptr, exact_ptr, shares_ptr, weight_ptr, bias_ptr,
+    stride_xh, stride_xs, stride_oh, stride_os, stride_exh, stride_exs, stride_sh,
+    tokens, num_sums,
+    FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
@@ -150,38 +118,13 @@ def _output_kernel(
 
 @triton.jit
 def _gradients_kernel(
-    x_ptr,
-    y_ptr,
-    sums_ptr,
-    lengths_ptr,
-    weights_ptr,
-    dx_ptr,
-    dy_ptr,
-    stride_xh,
-    stride_xs,
-    stride_vh,
-    stride_vs,
-    stride_lh,
-    stride_dxh,
-    stride_dxs,
-    stride_dvh,
-    stride_dvs,
-    tokens,
-    num_sums,
-    FEATURES: tl.constexpr,
-    PADDED_FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MAP: tl.constexpr,
-    PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDEN: tl.constexpr,
-    OF_QUERIES: tl.constexpr,
-):
+    x_ptr, y_ptr, sums_ptr, lengths_ptr, weights_ptr, dx_ptr, dy_ptr,
+    stride_xh, stride_xs, stride_vh, stride_vs, stride_lh, stride_dxh, stride_dxs, stride_dvh, stride_dvs,
+    tokens, num_sums,
+    FEATURES: tl.constexpr, PADDED_FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, OF_QUERIES: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) // (BLOCK // TILE)
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -239,7 +182,7 @@ def _gradients_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """What a linear output is joined to: ``exact + share * (linear W^T + b)``.
+    """The exact part that a linear output is joined to: ``exact + share * (linear W^T + b)``.
 
     Args:
         exact: ``(h, S, D)`` output of the exact part, last axis contiguous.
@@ -255,13 +198,7 @@ class Join:
 
 
 def output_of(
-    q: Tensor,
-    sums: Tensor,
-    block: int,
-    feature_map: str,
-    config: SlaConfig,
-    out: Tensor,
-    join: Join | None = None,
+    q: Tensor, sums: Tensor, block: int, feature_map: str, config: SlaConfig, out: Tensor, join: Join | None = None
 ) -> None:
     """Launch the kernel for the output.
 
@@ -278,22 +215,12 @@ def output_of(
     constants = token_constants(features, out.shape[2], q.dtype, block, feature_map, config.output)
     exact, shares, weight, bias = (None,) * 4 if join is None else (join.exact, join.shares, join.weight, join.bias)
     _output_kernel[(triton.cdiv(tokens, constants["TILE"]), heads)](
-        q,
-        sums,
-        out,
-        exact,
-        shares,
-        weight,
-        bias,
-        *q.stride()[:2],
-        *out.stride()[:2],
-        *(out if exact is None else exact).stride()[:2],
+        q, sums, out, exact, shares, weight, bias,
+        *q.stride()[:2], *out.stride()[:2], *(out if exact is None else exact).stride()[:2],
         0 if shares is None else shares.stride(0),
-        tokens,
-        sums.shape[1],
-        **constants,
-        **token_options(config.output),
-    )
+        tokens, sums.shape[1],
+        **constants, **token_options(config.output),
+    )  # fmt: skip
 
 
 def gradients_of(
@@ -310,14 +237,12 @@ def gradients_of(
 ) -> None:
     """Launch the kernel for gradients: of queries if there are weights to be written, else of keys and values.
 
+    Arguments as for ``output_of``.
+
     Args:
         x: ``(h, S, E)`` queries, keys, or the features of either, last axis contiguous.
         y: ``(h, S, D)`` gradient of the output, or values, likewise.
-        sums: ``(h, N or 1, parts, width)`` bf16 states of the blocks.
         lengths: ``(h, N)`` int32, real keys of each block, last axis contiguous.
-        block: Tokens per block, a multiple of 16.
-        feature_map: One of ``MAPS``.
-        config: The settings.
         dx: ``(h, S, E)``, is written; last axis contiguous.
         dy: ``(h, S, D)``, is written for values, likewise; ``None`` for queries.
         weights: ``(h, 2, S)`` fp32, is written for queries: what ``sum_blocks_up`` takes; ``None`` for keys.
@@ -326,21 +251,10 @@ def gradients_of(
     constants = token_constants(features, y.shape[2], x.dtype, block, feature_map, config.gradients)
     other = dx if dy is None else dy
     _gradients_kernel[(triton.cdiv(tokens, constants["TILE"]), heads)](
-        x,
-        y,
-        sums,
-        lengths,
+        x, y, sums, lengths,
         sums if weights is None else weights,  # not written
-        dx,
-        other,
-        *x.stride()[:2],
-        *y.stride()[:2],
-        lengths.stride(0),
-        *dx.stride()[:2],
-        *other.stride()[:2],
-        tokens,
-        sums.shape[1],
-        **constants,
-        OF_QUERIES=weights is not None,
-        **token_options(config.gradients),
-    )
+        dx, other,
+        *x.stride()[:2], *y.stride()[:2], lengths.stride(0), *dx.stride()[:2], *other.stride()[:2],
+        tokens, sums.shape[1],
+        **constants, OF_QUERIES=weights is not None, **token_options(config.gradients),
+    )  # fmt: skip
