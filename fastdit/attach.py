@@ -1,4 +1,4 @@
-"""Give diffusers pipelines the methods of fastdit, whichever of the two is imported first."""
+"""Attachment of fastdit's methods to diffusers pipelines, in any import order."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _CLASSES = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
     "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
 }
-"""What is attached to, by module."""
+"""Pipeline classes by module."""
 
 
 def attach() -> None:
-    """Attach to the classes of pipelines: now if their modules are imported already, and whenever they are loaded."""
+    """Attach to the pipeline classes: now if their modules are imported, otherwise when they are."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in _CLASSES:
         if sys.modules.get(name) is not None:
-            _attach(importlib.import_module(name))  # waits for another thread that is loading it
+            _attach(importlib.import_module(name))  # waits if another thread is loading it
 
 
 class _Finder(importlib.abc.MetaPathFinder, threading.local):
-    """Find the modules as the other finders do, and see to it that they are attached to when loaded."""
+    """A finder that delegates to the other finders and attaches to modules when they are loaded."""
 
     def __init__(self) -> None:
         self._asking = False
@@ -60,7 +60,7 @@ def _find_elsewhere(
 
 
 class _Loader(importlib.abc.Loader):
-    """Load a module with its own loader, which other modules may share, and attach to it.
+    """A loader that wraps a module's own loader, which other modules may share, and attaches to the module.
 
     Args:
         loader: The loader of the module.
@@ -86,7 +86,7 @@ class _Loader(importlib.abc.Loader):
 def _attach(module: ModuleType) -> None:
     pipeline: Any = getattr(module, _CLASSES[module.__name__], None)
     if pipeline is None:
-        return  # it is being loaded by whoever imports fastdit meanwhile
+        return  # the module that imports fastdit is still loading
     pipeline.enable_sparse_attention = _enable
     pipeline.disable_sparse_attention = _disable
     pipeline.sparse_attention = property(_handle)
@@ -100,14 +100,14 @@ def _enable(self: Any, method: Any = None, **options: Any) -> Any:
 
 
 def _disable(self: Any) -> None:
-    """Restore the stock attention exactly: see ``fastdit.disable_sparse_attention``."""
+    """Restore the original attention exactly: see ``fastdit.disable_sparse_attention``."""
     from .api import disable_sparse_attention
 
     disable_sparse_attention(self)
 
 
 def _handle(self: Any) -> Any:
-    """Return the ``SparseAttention`` handle, ``None`` where it is not enabled."""
+    """Return the ``SparseAttention`` handle, or ``None`` if it is not enabled."""
     from .api import find_sparse_attention
 
     return find_sparse_attention(self)

@@ -1,4 +1,4 @@
-"""Sparse attention for a model of your own: one call, or the pattern of one."""
+"""Functional API for custom models: one attention call, or its pattern."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sparse_attention_call(
     state: MethodState | None = None,
     **fields: Any,
 ) -> Tensor:
-    """Compute one sparse self-attention call, for a model of your own.
+    """Compute one sparse self-attention call.
 
     Args:
         q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
@@ -40,20 +40,20 @@ def sparse_attention_call(
         text_tokens: Text tokens in the same sequence, at least 0.
         text_first: Whether they come before the video.
         scale: Softmax scale; default ``D ** -0.5``.
-        key_padding: ``(B, S)`` bool, True where a key is padding, anywhere in the text. Real text is put first, which
-            takes copies where it is not, and on a GPU a look waits for the device.
+        key_padding: ``(B, S)`` bool, True where a key is padding, anywhere in the text. Real text is moved first,
+            with copies if needed; checking this synchronises with a GPU.
         kernel: One of ``list_kernels()``; default: that of ``state``, or the fastest that can run.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of ``state``, or of the
             inputs.
-        state: What the method remembers from call to call; default: nothing.
+        state: State of the method between calls; default: none.
         **fields: Fields of the method, if given by name.
 
     Returns:
         ``(B, H, S, D)`` in the dtype of ``q``.
 
     Raises:
-        ValueError: Method or kernel is unknown, a value is out of range, shapes or devices do not fit each other, the
-            tokens do not add up to ``S``, video tokens are padding, or ``state`` has another kernel or precision.
+        ValueError: Method or kernel is unknown, a value is out of range, shapes or devices do not match, the tokens do
+            not add up to ``S``, video tokens are padding, or ``state`` has another kernel or precision.
         TypeError: The method has no such field, a method object is given together with fields, or dtypes are wrong.
     """
     method = _method(method, fields)
@@ -72,7 +72,7 @@ def sparse_attention_call(
             key_padding = key_padding.gather(1, order)
             q, k, v = (_in_order(x, order) for x in (q, k, v))
     call = AttentionCall(tokens=tokens, scale=scale, key_padding=key_padding)
-    with torch.autocast(q.device.type, enabled=False):  # blocks are chosen, and sums made, in the precision they need
+    with torch.autocast(q.device.type, enabled=False):  # selection and sums choose their own precision
         out = method.forward(q, k, v, call, state)
     return out if order is None else _in_order(out, order.argsort(1))
 
@@ -139,7 +139,7 @@ def _check_padding(padding: Tensor, q: Tensor, tokens: TokenSpec | None) -> None
             f"key_padding must be {shape} bool on {q.device}, True where a key is padding, got {tuple(padding.shape)} "
             f"{padding.dtype} on {padding.device}"
         )
-    video = padding[:, :0] if tokens is None else padding[:, tokens.video]  # dense attention takes padding anywhere
+    video = padding[:, :0] if tokens is None else padding[:, tokens.video]  # dense attention accepts padding anywhere
     if bool(video.any()):
         raise ValueError(
             f"key_padding marks {video.sum(1).tolist()} video tokens of the samples as padding, but only text may be "
@@ -148,7 +148,7 @@ def _check_padding(padding: Tensor, q: Tensor, tokens: TokenSpec | None) -> None
 
 
 def _real_text_first(padding: Tensor, tokens: TokenSpec) -> Tensor | None:
-    """Order tokens so that in each sample real text comes before padding: ``(B, S)`` int64, ``None`` if it does."""
+    """Return an order with real text before padding in each sample, ``(B, S)`` int64; ``None`` if it is already so."""
     text = padding[:, tokens.text]
     if not bool((text[:, :-1] & ~text[:, 1:]).any()):
         return None

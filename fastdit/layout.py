@@ -1,4 +1,4 @@
-"""In which order tokens are computed: a permutation with padding, and its exact inverse."""
+"""Token layouts: a permutation of tokens with padding, and its exact inverse."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .tokens import TokenSpec
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Put the tokens of a sequence into another order, with padding, and back.
+    """A permutation of the tokens of a sequence into padded blocks, and its inverse.
 
-    The video comes first and the text after it, whatever the model's own order. Each part starts on a block
+    The video comes first and the text after it, regardless of the model's order. Each part starts on a block
     boundary, so no video token shares a block with text; the sequence may end inside a block.
 
     Args:
         index: ``(1 or H, S_padded)`` int64: the token at each position, -1 for padding. Within a block padding
             comes last, at the same positions for all heads.
         inverse: ``(1 or H, S)`` int64: the position of each token.
-        block: Tokens per block that the padding was made for.
-        video_blocks: How many blocks, the first ones, hold video.
-        identity: Whether order and length are unchanged, so that nothing has to be copied.
+        block: Tokens per block.
+        video_blocks: Blocks that hold video; they come first.
+        identity: Whether order and length are unchanged, so that no copy is needed.
     """
 
     index: Tensor
@@ -45,16 +45,16 @@ class TokenLayout:
         segments: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> TokenLayout:
-        """Lay a sequence out in blocks.
+        """Build the layout of a sequence in blocks.
 
         Args:
-            tokens: What the sequence is made up of.
+            tokens: Make-up of the sequence.
             block: Tokens per block, at least 1; every part starts on a multiple of it.
-            order: ``(n,)`` or ``(H, n)`` int64, the video tokens in the order wanted; default: the one they come in,
-                and so where ``tokens.ordered`` says that this is it.
-            segments: ``(M,)`` int64, lengths of consecutive runs of ``order`` (the tiles, say), each of which is
+            order: ``(n,)`` or ``(H, n)`` int64, the video tokens in the desired order; default: their current order,
+                also if ``tokens.ordered`` is set.
+            segments: ``(M,)`` int64, lengths of consecutive runs of ``order``, such as tiles, each of which is
                 padded to a multiple of ``block``; default: one run.
-            device: Where the index tensors shall be.
+            device: Device of the index tensors.
 
         Raises:
             ValueError: ``order`` is not a permutation of the video tokens, or ``segments`` do not add up to them.
@@ -93,18 +93,18 @@ class TokenLayout:
 
     @property
     def padded_tokens(self) -> int:
-        """Count the positions of the laid out sequence, with padding."""
+        """Count the positions of the padded sequence."""
         return self.index.shape[-1]
 
     @property
     def num_blocks(self) -> int:
-        """Count the blocks of the laid out sequence, video and text."""
+        """Count the blocks of video and text."""
         return math.ceil(self.padded_tokens / self.block)
 
     @cached_property
     def source(self) -> Tensor:
-        """Return ``(1 or H, S_padded)`` int64: the token copied to each position, any one where there is padding."""
-        with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        """Return ``(1 or H, S_padded)`` int64: the token copied to each position; arbitrary for padding."""
+        with torch.inference_mode(False):  # cached for later calls, which may need gradients
             return self.index.clamp(min=0)
 
     @cached_property
@@ -145,13 +145,13 @@ class TokenLayout:
         return real.unflatten(-1, (-1, block)).sum(-1, dtype=torch.int32)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Put tokens into this order; padding becomes 0.
+        """Reorder tokens into the layout; padding becomes 0.
 
         Args:
             x: ``(B, H, S, D)``.
 
         Returns:
-            ``(B, H, S_padded, D)``; ``x`` itself if nothing changes.
+            ``(B, H, S_padded, D)``; ``x`` itself for an identity layout.
 
         Raises:
             ValueError: ``x`` has another number of tokens.
@@ -163,13 +163,13 @@ class TokenLayout:
         return out if self.padded_tokens == self.num_tokens else out.index_fill_(2, self.padding, 0)
 
     def undo(self, x: Tensor) -> Tensor:
-        """Put tokens back into the model's own order and drop the padding.
+        """Restore the model's token order and drop the padding.
 
         Args:
             x: ``(B, H, S_padded, D)``.
 
         Returns:
-            ``(B, H, S, D)``; ``x`` itself if nothing changes.
+            ``(B, H, S, D)``; ``x`` itself for an identity layout.
 
         Raises:
             ValueError: ``x`` has another number of positions.
@@ -181,13 +181,13 @@ class TokenLayout:
 
 
 class StackedLayout(TokenLayout):
-    """Give each head a layout of its own.
+    """A separate layout for each head.
 
-    Which token is where is put together each time it is asked for, and not kept: the layouts are few, but rows for all
-    heads of all layers of a large model take gigabytes.
+    Index tensors are assembled on each access instead of stored: there are few distinct layouts, but rows for all heads
+    of all layers of a large model take gigabytes.
 
     Args:
-        parts: For each head the layout of one order, of the same tokens and blocks.
+        parts: One single-order layout per head, of the same tokens and blocks.
     """
 
     parts: tuple[TokenLayout, ...]
@@ -209,7 +209,7 @@ class StackedLayout(TokenLayout):
 
     @property
     def source(self) -> Tensor:
-        """Return ``(H, S_padded)`` int64: the token copied to each position, any one where there is padding."""
+        """Return ``(H, S_padded)`` int64: the token copied to each position; arbitrary for padding."""
         return self.index.clamp(min=0)
 
     @property
@@ -219,15 +219,15 @@ class StackedLayout(TokenLayout):
 
     @property
     def padded_tokens(self) -> int:
-        """Count the positions of the laid out sequence, with padding."""
+        """Count the positions of the padded sequence."""
         return self.parts[0].padded_tokens
 
 
 def stack_heads(layouts: Sequence[TokenLayout]) -> TokenLayout:
-    """Give each head a layout of its own; where all have the same, that serves them all.
+    """Combine the layouts of heads; identical ones are returned as one.
 
     Args:
-        layouts: For each head the layout of one order, of the same tokens and blocks.
+        layouts: One single-order layout per head, of the same tokens and blocks.
     """
     first = layouts[0]
     return first if all(layout is first for layout in layouts) else StackedLayout(layouts)
@@ -247,10 +247,10 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 def order_without_gaps(
     tokens: TokenSpec, order: Tensor, *, block: int, segments: Tensor | None = None
 ) -> Tensor | None:
-    """Return an order of the video, ``(n,)`` int64, if tokens that come in it need no copies, and it is not raster.
+    """Return an order, ``(n,)`` int64, if it needs no padding and is not raster order; else ``None``.
 
     Args:
-        tokens: What the sequence is made up of.
+        tokens: Make-up of the sequence.
         order: ``(n,)`` int64, as for ``TokenLayout.build``.
         block: Likewise.
         segments: ``(M,)`` int64, likewise.

@@ -1,4 +1,4 @@
-"""Which blocks of attention are computed: for each query block, a list of key blocks."""
+"""Block masks: for each query block, the list of key blocks that are computed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
-    """List, for each query block, the key blocks it attends to.
+    """The lists of key blocks that query blocks attend to.
 
-    A listed block is computed whole, except for its padding: block ``j`` holds ``lengths_k[..., j]`` real keys,
-    which come first. Full blocks are listed before ragged ones and each part is ascending, so that a kernel
-    runs the full ones without masks. Entries of ``indices`` past the count have no meaning, and neither has the row
-    of a query block that lists every key block: its list is ``every``, so that a few such rows, as text has them, do
-    not make all lists long.
+    A listed block is computed completely, except for its padding: block ``j`` holds ``lengths_k[..., j]`` real keys,
+    which come first. Full blocks are listed before ragged ones, and each part is ascending, so that a kernel can run
+    the full ones without masks. Entries of ``indices`` past the count are undefined. So is the row of a query block
+    that lists every key block: its list is ``every``, so that a few such rows, as for text, do not make all lists
+    long.
 
     Args:
         indices: ``(B or 1, H or 1, Nq, max_count)`` int32.
@@ -29,7 +29,7 @@ class BlockMask:
         lengths_k: ``(B or 1, H or 1, Nk)`` int32, real keys in each key block, in [0, block_k].
         block_q: Queries in a block.
         block_k: Keys in a block.
-        derived: What kernels work out from the lists and keep with them, by kernel; no part of the mask's meaning.
+        derived: Data that kernels derive from the lists and cache here, by kernel.
     """
 
     indices: Tensor
@@ -68,9 +68,9 @@ class BlockMask:
             tokens_k: Keys in all, likewise.
             lengths_q: ``(Nq,)`` or ``(B or 1, H or 1, Nq)`` real queries per block, instead of ``tokens_q``.
             lengths_k: ``(Nk,)`` or ``(B or 1, H or 1, Nk)`` real keys per block, instead of ``tokens_k``.
-            max_count: An upper bound of the blocks in a row that does not list every block, known to the caller.
-                It is trusted, and so are the lengths, so that nothing waits for a GPU. Without it the longest such row
-                is looked up, and lengths are checked.
+            max_count: An upper bound of the blocks in a row that does not list every block. It and the lengths are
+                trusted, to avoid a synchronisation with the GPU. Without it, the longest such row is determined and
+                lengths are checked.
 
         Raises:
             ValueError: A shape, token count or length does not fit the block map.
@@ -140,7 +140,7 @@ class BlockMask:
         """Return the fraction of real (query, key) pairs each head computes: ``(B or 1, H or 1)`` fp64 in [0, 1]."""
         first = torch.arange(self.lengths_k[..., 0].numel(), dtype=torch.int32, device=self.device) * self.num_k
         index = self.indices + first.view(*self.lengths_k.shape[:2], 1, 1)
-        # The lists of a large model take gigabytes in eight bytes an entry, which gather would need.
+        # gather would need int64 entries, which take gigabytes for a large model
         keys = self.lengths_k.flatten().index_select(0, index.flatten()).view(index.shape)
         keys = keys.masked_fill_(~listed_entries(self.counts, index.shape[-1]), 0).sum(-1)
         keys = torch.where(self.counts == self.num_k, self.lengths_k.sum(-1, keepdim=True), keys)
@@ -189,7 +189,7 @@ class BlockMask:
         return (dense & real[:, :, None])[..., :tokens_q, :tokens_k]
 
     def with_lengths_k(self, lengths_k: Tensor) -> BlockMask:
-        """Return the same block map over shorter key blocks, as padded text needs it.
+        """Return the same block map over shorter key blocks, as for padded text.
 
         Args:
             lengths_k: ``(Nk,)`` or ``(B or 1, H or 1, Nk)`` real keys in each block, in [0, block_k].
@@ -201,7 +201,7 @@ class BlockMask:
         return self.shortened(self.lengths_q, _lengths("k", shape, self.block_k, None, lengths_k, self.device))
 
     def shortened(self, lengths_q: Tensor, lengths_k: Tensor) -> BlockMask:
-        """Return the same block map over shorter blocks. Lengths are trusted, so that nothing waits for a GPU.
+        """Return the same block map over shorter blocks. Lengths are not checked, to avoid a synchronisation.
 
         Args:
             lengths_q: ``(B or 1, H or 1, Nq)`` int32 real queries in each block, in [0, block_q].
@@ -209,7 +209,7 @@ class BlockMask:
         """
         ragged, rank, every = listing_order(lengths_k, self.block_k)
         listed = listed_entries(self.counts, self.indices.shape[-1])
-        # Sorted as they are listed, so that no map of all pairs is made.
+        # sort the lists themselves, to avoid a map of all pairs
         order = torch.where(listed, rank[self.indices], 2 * self.num_k).sort(-1).values
         full_counts = (order < self.num_k).sum(-1, dtype=torch.int32)
         full_counts = torch.where(self.counts == self.num_k, (~ragged).sum(dtype=torch.int32), full_counts)
@@ -220,7 +220,7 @@ class BlockMask:
         """Return the mask on another device.
 
         Args:
-            device: Where the lists shall be.
+            device: Device of the new mask.
         """
         names = ("indices", "counts", "full_counts", "every", "lengths_q", "lengths_k")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
@@ -249,7 +249,7 @@ def keep_some(blocks: Tensor) -> Tensor:
 
 
 def listing_order(lengths_k: Tensor, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Say in which order key blocks are listed: full ones first, each part ascending.
+    """Return the listing order of key blocks: full ones first, each part ascending.
 
     Args:
         lengths_k: ``(B or 1, H or 1, Nk)`` int32 real keys in each key block.
@@ -266,7 +266,7 @@ def listing_order(lengths_k: Tensor, block_k: int) -> tuple[Tensor, Tensor, Tens
 
 
 def listed_entries(counts: Tensor, width: int) -> Tensor:
-    """Mark the entries of lists that mean a block: ``(B or 1, H or 1, Nq, width)`` bool.
+    """Mark the valid entries of lists: ``(B or 1, H or 1, Nq, width)`` bool.
 
     Args:
         counts: ``(B or 1, H or 1, Nq)`` int32, blocks listed in each row.

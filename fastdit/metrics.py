@@ -1,4 +1,4 @@
-"""How far a result is from a reference: attention recall, relative errors, and PSNR and SSIM of videos."""
+"""Metrics against a reference: attention recall, relative errors, PSNR and SSIM of videos."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recall(
     lengths_k: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Measure the attention mass that the computed blocks cover, as a mean over the real query rows.
+    """Return the attention mass that the computed blocks cover, averaged over real query rows.
 
     One query block is looked at a time, so no ``Sq x Sk`` matrix is ever held.
 
@@ -107,7 +107,7 @@ def psnr(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor
         per_frame: Whether to return one value for each frame.
 
     Returns:
-        0-d, or ``(F,)``; inf where nothing differs.
+        0-d, or ``(F,)``; inf for identical videos.
 
     Raises:
         ValueError: A shape is wrong or the shapes differ.
@@ -118,10 +118,10 @@ def psnr(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor
 
 
 def mean_psnr(values: Iterable[float]) -> float:
-    """Return the PSNR of several videos of one length taken together, in dB, from their mean squared error.
+    """Return the PSNR in dB of the mean squared error of several videos of equal length.
 
     Args:
-        values: Of each video in dB, inf where nothing differs; at least one.
+        values: PSNR of each video in dB, inf for identical videos; at least one.
     """
     error = fmean(10 ** (-value / 10) for value in values)
     return -10 * math.log10(error) if error else math.inf

@@ -1,4 +1,4 @@
-"""Tables for people to read."""
+"""Text tables for reports of sparse attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 def summary(report: Mapping[str, Any], width: int = 120) -> str:
     """Render the report of a ``SparseAttention`` handle as text.
 
-    Choice and order are the shares of the sparse calls' time that went into choosing blocks and reordering tokens.
+    The columns choice and order are the shares of sparse time spent on selecting blocks and reordering tokens.
 
     Args:
         report: What ``SparseAttention.report()`` returns.

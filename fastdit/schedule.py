@@ -1,4 +1,4 @@
-"""Which denoising steps and layers stay dense, and when dynamic masks are rebuilt."""
+"""Schedule of dense steps and layers, and of rebuilding dynamic patterns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Decide which calls stay dense and when a dynamic pattern is rebuilt.
+    """The steps and layers that stay dense, and the steps that rebuild dynamic patterns.
 
     Args:
         warmup_steps: First denoising steps kept dense: a count (int), or a fraction of all steps in [0, 1]
@@ -23,7 +23,7 @@ class Schedule:
 
     Raises:
         ValueError: A count is negative, a fraction is outside [0, 1], or ``refresh_steps`` is smaller than 1.
-        TypeError: A value is neither int nor float, or ``dense_layers`` is no tuple of ints.
+        TypeError: A value is neither int nor float, or ``dense_layers`` is not a tuple of ints.
     """
 
     warmup_steps: int | float = 0
@@ -59,7 +59,7 @@ class Schedule:
             raise ValueError(f"refresh_steps must be at least 1, got {self.refresh_steps}")
 
     def dense_reason(self, layer: int, num_layers: int, step: int, num_steps: int | None) -> str | None:
-        """Say why a call stays dense, or return ``None`` if it is sparse.
+        """Return why a call stays dense, or ``None`` if it is sparse.
 
         Args:
             layer: Layer index, from 0.
@@ -92,7 +92,7 @@ class Schedule:
         return _count(self.warmup_steps, num_steps, "warmup_steps")
 
     def refreshes(self, step: int, num_steps: int | None) -> bool:
-        """Tell whether dynamic patterns are rebuilt at a step.
+        """Return whether dynamic patterns are rebuilt at a step.
 
         Args:
             step: Step index, from 0.
@@ -113,7 +113,7 @@ def _is_step(value: object) -> bool:
 
 
 def step_bucket(edges: Sequence[float], step: int, num_steps: int | None) -> int:
-    """Return the index of the bucket that a step is in, by the middle of the step.
+    """Return the index of the bucket that contains the middle of a step.
 
     Args:
         edges: Ends of the buckets as fractions of the run, ascending, the last one 1.
@@ -141,7 +141,7 @@ def check_edges(edges: Sequence[float]) -> None:
         edges: Fractions of the run in (0, 1], ascending, the last one 1.
 
     Raises:
-        ValueError: They are not.
+        ValueError: They are not ascending fractions that end at 1.
     """
     numbers = all(isinstance(edge, (int, float)) and not isinstance(edge, bool) for edge in edges)
     if not numbers or not edges or edges[-1] != 1 or any(a >= b for a, b in itertools.pairwise((0, *edges))):
@@ -163,5 +163,5 @@ def _count(value: int | float, num_steps: int | None, name: str) -> int:
         return value
     if value == 0:
         return 0
-    # rounded to nine digits first, so that 0.1 * 30 is three steps and not four
+    # round to nine digits first: 0.1 * 30 is three steps, not four
     return math.ceil(round(value * _known(num_steps, name), 9))

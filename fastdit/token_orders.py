@@ -1,4 +1,4 @@
-"""Orders of the tokens of a video: by axes, by tiles, along a space-filling curve."""
+"""Token orders of a video: by axes, by tiles, along a space-filling curve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORDERS = ("tile", "curve", *AXES)
 
 
 def token_order(grid: VideoGrid, order: str, tile: tuple[int, int, int] = (4, 4, 4)) -> Tensor:
-    """List the tokens of a video in an order given by name: ``(n,)`` int64.
+    """List the tokens of a video in a named order: ``(n,)`` int64.
 
     Args:
         grid: The video tokens.
@@ -24,7 +24,7 @@ def token_order(grid: VideoGrid, order: str, tile: tuple[int, int, int] = (4, 4,
         tile: ``(frames, height, width)`` of a tile, each at least 1; only ``"tile"`` uses it.
 
     Raises:
-        ValueError: There is no such order, or a tile axis is smaller than 1.
+        ValueError: The order is unknown, or a tile axis is smaller than 1.
     """
     if order == "tile":
         return tile_order(grid, tile)[0]
@@ -44,7 +44,7 @@ def axis_order(grid: VideoGrid, axes: str) -> Tensor:
             frames of one position together (token-major).
 
     Raises:
-        ValueError: ``axes`` is no permutation of ``"fhw"``.
+        ValueError: ``axes`` is not a permutation of ``"fhw"``.
     """
     if sorted(axes) != ["f", "h", "w"]:
         raise ValueError(f"axes must be a permutation of 'fhw', got {axes!r}")
@@ -53,11 +53,11 @@ def axis_order(grid: VideoGrid, axes: str) -> Tensor:
 
 
 def tile_parts(grid: VideoGrid, tile: tuple[int, int, int]) -> list[tuple[VideoGrid, tuple[int, int, int]]]:
-    """Split a video into the runs of frames that are cut into tiles separately, each with its tile.
+    """Split a video into runs of frames with their own tile each.
 
-    Video autoencoders code the first picture by itself and the later ones several to a frame, so the first frame is
-    unlike the others, and it is the others whose number tiles of several frames divide. Where tiles have several
-    frames, the first frame is therefore cut into flat tiles of as many tokens.
+    Video autoencoders encode the first picture separately and the later ones several to a frame. The first frame
+    differs from the others, and tiles of several frames divide the number of the others. For tiles of several frames,
+    the first frame is therefore cut into flat tiles of the same number of tokens.
 
     Args:
         grid: The video tokens.
@@ -71,17 +71,17 @@ def tile_parts(grid: VideoGrid, tile: tuple[int, int, int]) -> list[tuple[VideoG
     frames, height, width = tile
     if frames == 1:
         return [(grid, tile)]
-    frames = min(frames, grid.num_tokens)  # which bounds the search for divisors
+    frames = min(frames, grid.num_tokens)  # bounds the search for divisors
     tall = max(n for n in range(1, math.isqrt(frames) + 1) if frames % n == 0)
     first = (replace(grid, frames=1), (1, height * tall, width * (frames // tall)))
     return [first] if grid.frames == 1 else [first, (replace(grid, frames=grid.frames - 1), tile)]
 
 
 def fitting_tile(grid: VideoGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return the tile, of as many frames and at most as many tokens as a given one, that cuts a video into the fewest.
+    """Return the tile that cuts a video into the fewest tiles, with the frames and at most the tokens of a given one.
 
-    Where tiles become blocks, the fewest have the least padding. Of shapes that cut it into equally few, the one with
-    the most whole tiles of all the tokens is taken, then the nearest to the given one.
+    If tiles become blocks, the fewest tiles have the least padding. Ties go to the shape with the most whole tiles of
+    the full number of tokens, then to the nearest to the given one.
 
     Args:
         grid: The video tokens.

@@ -1,4 +1,4 @@
-"""What one attention call is about: the video grid, where text sits, and which call of the run it is."""
+"""Token grid of a video, make-up of a token sequence, and description of an attention call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoGrid:
-    """Hold the latent tokens of a video after patching, flattened frames first, then height, then width.
+    """The grid of latent tokens of a video after patching, flattened in the order frames, height, width.
 
     Args:
         frames: Latent frames, at least 1.
@@ -54,13 +54,13 @@ class VideoGrid:
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """Say how a sequence of tokens is made up of video and text.
+    """The make-up of a token sequence from video and text.
 
     Args:
         grid: The video tokens.
         text_tokens: Text tokens in the same sequence, padding included; 0 for cross-attention models.
         text_first: Whether the text comes before the video.
-        ordered: Whether the video tokens come in the order of the method, not in raster order.
+        ordered: Whether the video tokens are in the order of the method instead of raster order.
 
     Raises:
         ValueError: ``text_tokens`` is negative.
@@ -82,32 +82,32 @@ class TokenSpec:
 
     @property
     def video(self) -> slice:
-        """Return where the video tokens are in the sequence."""
+        """Return the slice of the video tokens."""
         start = self.text_tokens if self.text_first else 0
         return slice(start, start + self.grid.num_tokens)
 
     @property
     def text(self) -> slice:
-        """Return where the text tokens are in the sequence; empty without text."""
+        """Return the slice of the text tokens; empty without text."""
         start = 0 if self.text_first else self.grid.num_tokens
         return slice(start, start + self.text_tokens)
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Describe one self-attention call: everything about it but q, k and v.
+    """The description of one self-attention call, without q, k and v.
 
     Args:
-        tokens: What the sequence is made up of.
+        tokens: Make-up of the sequence.
         layer: Index of the self-attention layer, from 0.
         num_layers: Self-attention layers in the transformer.
         step: Index of the denoising step, from 0.
-        num_steps: Denoising steps of this run; ``None`` where nobody said.
+        num_steps: Denoising steps of this run; ``None`` if unknown.
         branch: The guidance pass, as diffusers names it: ``"cond"``, ``"uncond"``, ``"cond_uncond"``.
         scale: Softmax scale; ``None`` means ``head_dim ** -0.5``.
         key_padding: ``(B, S)`` bool, True where a key is padding and must not be attended to; ``None`` if
             there is no padding. In each sample the real text tokens come before the padded ones.
-        heads: Which heads of the layer q, k and v hold, where several methods share a layer; ``None``: all of them.
+        heads: Heads of the layer that q, k and v hold, if several methods share a layer; ``None`` for all.
     """
 
     tokens: TokenSpec

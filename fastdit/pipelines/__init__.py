@@ -1,4 +1,4 @@
-"""Pipelines: the model families, the interception of their attention calls, step and branch tracking."""
+"""Model families, interception of attention calls, and tracking of steps and guidance branches."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""What is known during a forward pass, and what a transformer remembers from one to the next of the same run."""
+"""State of a forward pass, and memory between the forward passes of a run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .run_tracker import Position
 
 @dataclass
 class Forward:
-    """A forward pass of one thread: the running one, or its latest, which checkpointing may recompute.
+    """The running forward pass of a thread, or its latest, which checkpointing may recompute.
 
     Args:
-        position: Its place in the denoising run.
-        recall: What its run remembers.
-        grid: The video tokens, or the reason why they are unknown.
-        calls: Attention calls that each layer makes in it.
+        position: Its position in the denoising run.
+        recall: Memory of its run.
+        grid: The video tokens, or why they are unknown.
+        calls: Attention calls of each layer.
         entered: How often the processor of each layer was called so far; not counted in compiled graphs.
         reached: Attention calls so far, per layer.
-        mask_source: The argument that the model makes its attention mask from, if there is one.
-        specs: What a sequence is made up of, or why that is unknown, by its length.
-        ordered: Its tokens, if they are put into the order of the method once for all layers.
-        crossed: Where they were put into it, or back.
+        mask_source: The argument that the model derives its attention mask from, if any.
+        specs: Make-up of a sequence, or why it is unknown, by its length.
+        ordered: Its tokens, if they are reordered once for all layers.
+        crossed: Places where tokens were reordered or restored.
     """
 
     position: Position
@@ -42,10 +42,10 @@ class Forward:
 
 @dataclass
 class Memory:
-    """A method's state for one layer, guidance pass, turn and sample group, and what it was made for.
+    """The state of a method for one layer, guidance pass, turn and sample group.
 
     Args:
-        state: What the method remembers.
+        state: State of the method.
         video: Number of the video.
         shape: Shape and device of the queries, and the make-up of the tokens.
         step: The denoising step of the latest call, -1 before the first.
@@ -61,10 +61,10 @@ class Memory:
 
 @dataclass(eq=False)
 class Recall:
-    """What the layers of a transformer remember of the videos of one run.
+    """The memory of the layers of a transformer, for the videos of one run.
 
     Args:
-        padding: Reads the masks of its calls.
+        padding: Reader of the masks of its calls.
         memories: By layer, guidance pass, turn and sample group.
     """
 
@@ -72,6 +72,6 @@ class Recall:
     memories: dict[tuple[int, str, int, int], Memory] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Clear all memory."""
         self.padding.clear()
         self.memories.clear()

@@ -1,4 +1,4 @@
-"""What an attention call asks for that only the call of the model can do, and how it is cast under autocast."""
+"""Features of an attention call that only the model's own attention supports, and its casts under autocast."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._device import DeviceContext
 def find_obstacle(
     mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool, options: Mapping[str, Any]
 ) -> str | None:
-    """Say why an attention call cannot be anything but the model's own, or return ``None``.
+    """Return why an attention call has to remain the model's own, or ``None``.
 
     Args:
         mask: The mask the model passes.
-        dropout_p: Its dropout, in [0, 1].
-        is_causal: Whether it asks for causal attention.
-        enable_gqa: Whether it asks for grouped queries.
-        options: What else it passes, by name.
+        dropout_p: Dropout, in [0, 1].
+        is_causal: Whether attention is causal.
+        enable_gqa: Whether queries are grouped.
+        options: Other arguments, by name.
     """
     if options.get("parallel_config") is not None:
         return "context parallelism splits the sequence"
@@ -36,13 +36,13 @@ def find_obstacle(
     if mask is not None and not isinstance(mask, Tensor):
         return f"the model passes a {type(mask).__name__} of its own"
     for mode in _get_current_function_mode_stack():
-        if not isinstance(mode, DeviceContext):  # that of torch.device is after new tensors only
+        if not isinstance(mode, DeviceContext):  # torch.device affects only new tensors
             return f"{type(mode).__name__} intercepts the functions of torch"
     return None
 
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cast what PyTorch's own attention casts under autocast: norms may leave queries in another dtype than values.
+    """Cast q, k and v as PyTorch's own attention does under autocast, where norms may leave different dtypes.
 
     Args:
         q: ``(B, H, S, D)`` or ``(B, S, H, D)`` queries.

@@ -1,4 +1,4 @@
-"""Put tokens into the order of a method where they enter the transformer, once, instead of in every layer."""
+"""Token reordering once per forward pass, at the boundary of the transformer, instead of in every layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PLACES = ("rotary", "entry", "exit")
 
 
 class Crossing:
-    """Put the tokens of a forward pass into the order of the method, or back: a hook on one of three modules.
+    """A hook on one of three modules that reorders the tokens of a forward pass, or restores their order.
 
-    In a compiled graph it does nothing, and each layer orders its own tokens.
+    In a compiled graph it does nothing, and each layer reorders its own tokens.
 
     Args:
-        runtime: What runs the attention of the transformer.
+        runtime: Runtime of the transformer.
         place: One of ``PLACES``.
     """
 
@@ -53,7 +53,7 @@ class Crossing:
             return None
         size = forward.ordered.num_tokens
         if self.place == "rotary" and any(x.shape[1] != size for x in output):
-            forward.ordered = None  # the grid is not what the arguments say
+            forward.ordered = None  # the grid differs from the arguments
             return None
         forward.crossed.append(self.place)
         if self.place == "rotary":
@@ -65,7 +65,7 @@ class Crossing:
         assert order is not None, "a forward is ordered where there is an order"
         key = ("crossing", back, tokens, x.device)
         index = self.runtime.cache.static(key, lambda: (order.argsort() if back else order).to(x.device))
-        axis, rows = (2, x.flatten(2)) if x.ndim == 5 else (1, x)  # a latent is flattened next
+        axis, rows = (2, x.flatten(2)) if x.ndim == 5 else (1, x)  # the model flattens a latent next
         if rows.shape[axis] != len(index):
             raise RuntimeError(
                 f"the {self.runtime.title} has {rows.shape[axis]} tokens at its {self.place} and rotary embeddings for "
@@ -75,14 +75,14 @@ class Crossing:
 
 
 def crossing_modules(family: ModelFamily, transformer: Module) -> dict[str, Module]:
-    """Return the modules through which tokens enter and leave a transformer, by place; empty where there are none.
+    """Return the modules at the boundary of a transformer, by place; empty if there are none.
 
     Args:
         family: Its family.
         transformer: The model.
 
     Raises:
-        RuntimeError: The family names a module that is not there.
+        RuntimeError: The family names a module that does not exist.
     """
     boundary = family.boundary(transformer)
     if boundary is None:
@@ -96,24 +96,24 @@ def crossing_modules(family: ModelFamily, transformer: Module) -> dict[str, Modu
 
 
 def add_crossings(transformer: Module, runtime: Runtime) -> list[Any]:
-    """Hook the modules through which tokens enter and leave a transformer; return the handles.
+    """Hook the modules at the boundary of a transformer; return the handles.
 
     Args:
         transformer: The model.
-        runtime: What runs its attention.
+        runtime: Its runtime.
     """
     modules = crossing_modules(runtime.family, transformer)
     return [module.register_forward_hook(Crossing(runtime, place)) for place, module in modules.items()]
 
 
 def order_once(runtime: Runtime, transformer: Module, arguments: Mapping[str, Any]) -> None:
-    """Let the tokens of the forward pass that begins be ordered once for all layers, if they may.
+    """Reorder tokens once for all layers in the forward pass that begins, if that is safe.
 
-    They may where all layers that run sparse have one order without gaps, and nothing but the blocks sees tokens
-    meanwhile: no values per token, and nothing of anybody else's inside the transformer.
+    It is safe if all sparse layers share one order without gaps, and only the blocks see tokens in between: there are
+    no per-token arguments and no third-party code inside the transformer.
 
     Args:
-        runtime: What runs the attention of the transformer.
+        runtime: Runtime of the transformer.
         transformer: The model.
         arguments: The arguments of its forward, by name.
     """
@@ -126,23 +126,23 @@ def order_once(runtime: Runtime, transformer: Module, arguments: Mapping[str, An
         return
     attentions: list[Any] = [module for _, module in runtime.family.self_attentions(transformer)]
     if any(getattr(module.processor, "_parallel_config", None) is not None for module in attentions):
-        return  # their calls are the model's own
+        return  # these calls remain the model's own
     if any(getattr(arguments.get(name), "ndim", 0) > 1 for name in boundary.per_sample):
         return
     modules = crossing_modules(runtime.family, transformer).values()
     hooked = (any(isinstance(hook, Crossing) for hook in module._forward_hooks.values()) for module in modules)
-    if all(hooked) and not watched(transformer, Crossing):  # adapters wrap modules, and leave the hook inside
+    if all(hooked) and not watched(transformer, Crossing):  # adapters wrap modules and keep the hook inside
         forward.ordered = tokens
 
 
 def check_crossed(runtime: Runtime) -> None:
-    """Check that tokens that were put into order came back in the forward pass that ends.
+    """Check that reordered tokens were restored in the forward pass that ends.
 
     Args:
-        runtime: What runs the attention of the transformer.
+        runtime: Runtime of the transformer.
 
     Raises:
-        RuntimeError: Some places were left out, or taken twice.
+        RuntimeError: A place was skipped, or passed twice.
     """
     crossed = [] if runtime.forward is None else runtime.forward.crossed
     if crossed and sorted(crossed) != sorted(PLACES):

@@ -1,4 +1,4 @@
-"""Read the mask of an attention call: which keys are padding, or why no block pattern can honour it."""
+"""Conversion of attention masks to key padding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..tokens import TokenSpec
 
 
 class Answer(NamedTuple):
-    """Say what a mask means.
+    """The meaning of a mask.
 
     Args:
         padding: ``(B, S)`` bool, True where a key is padding; ``None`` if there is none.
-        objection: Why no block pattern can honour the mask; ``None`` if one can.
+        objection: Why no block pattern can implement the mask; ``None`` if one can.
     """
 
     padding: Tensor | None = None
@@ -23,9 +23,9 @@ class Answer(NamedTuple):
 
 
 class PaddingReader:
-    """Turn attention masks into key padding: once per forward pass, or once per video if the model says what from.
+    """A converter of attention masks: once per forward pass, or once per video if the source of the mask is known.
 
-    On a GPU, looking at the values of a mask waits for the device.
+    Reading the values of a mask synchronises with a GPU.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class PaddingReader:
         self._known: dict[tuple[str, torch.device], tuple[Tensor, Any, Answer]] = {}
 
     def read(self, mask: Any, tokens: TokenSpec, batch: int, branch: str, source: Any = None) -> Answer:
-        """Say what a mask means. For an unchanged source the very same tensor is returned, on each device one.
+        """Return the meaning of a mask; for an unchanged source, the same tensor per device.
 
-        In inference mode tensors do not count their changes, so there a mask is read once per forward pass.
+        In inference mode tensors have no version counter, so a mask is read once per forward pass.
 
         Args:
             mask: What the model passes to its attention call: ``None``, a tensor, or anything else.
-            tokens: What the sequence is made up of.
+            tokens: Make-up of the sequence.
             batch: Samples.
             branch: The guidance pass.
-            source: The tensor that the model makes its mask from, if known; pipelines keep it from step to step.
+            source: The tensor that the model derives its mask from, if known; pipelines reuse it from step to step.
         """
         if mask is None:
             return Answer()
@@ -71,7 +71,7 @@ class PaddingReader:
         self._answer = Answer()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Clear all memory."""
         self.end_forward()
         self._known.clear()
 

@@ -1,4 +1,4 @@
-"""Which denoising step and guidance pass a forward call belongs to, read from whoever runs it."""
+"""Tracking of the denoising step and guidance pass of forward calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_PARTS = 64
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pipeline says about a forward call through ``cache_context``.
+    """The information about a forward call that a pipeline passes to ``cache_context``.
 
     Args:
         name: The guidance pass.
@@ -40,7 +40,7 @@ class PassContext:
 
 @dataclass(frozen=True)
 class Position:
-    """The place of one forward call in a denoising run.
+    """The position of one forward call in a denoising run.
 
     Args:
         step: Index of the denoising step, from 0.
@@ -58,7 +58,7 @@ class Position:
 
 
 class Run:
-    """The denoising runs of one caller, one video after the other: a pipeline, or a thread with a loop of its own.
+    """The consecutive denoising runs of one caller: a pipeline, or a thread with a custom loop.
 
     The step comes from ``cache_context`` where the pipeline gives it, else from the scheduler of the pipeline, else
     from changes of the timestep. A new video is noticed by a new list of timesteps, a step that goes back, or a
@@ -78,7 +78,7 @@ class Run:
     def begin(
         self, timestep: Any, said: PassContext | None = None, scheduler: Any = None, num_steps: int | None = None
     ) -> Position:
-        """Return the place of the forward call that starts now.
+        """Return the position of the forward call that starts now.
 
         Args:
             timestep: The transformer's timestep argument: a number, or a tensor with one value per sample, frame or
@@ -125,15 +125,15 @@ class Run:
         self._follows = self._index = self._timestep = None
 
     def _scheduler_step(self, scheduler: Any, timestep: Any, skipped: int) -> int | None:
-        """Return the step that the scheduler is at; ``None`` where it is not this scheduler that steps."""
+        """Return the current step of the scheduler; ``None`` if another scheduler is stepped."""
         if _is_part(timestep, scheduler.timesteps):
             return max(0, int(timestep.storage_offset() - scheduler.timesteps.storage_offset()) - skipped)
         if self._follows or not hasattr(scheduler, "step_index"):
             return None
         index = scheduler.step_index
-        # Only an index that stays is doubted, because looking at values waits for the device.
+        # check only an index that stays, because reading values synchronises with the device
         if self._step >= 0 and index == self._index and _value(timestep) != _value(self._timestep):
-            return None  # copies of the scheduler are stepped in its place, as for diffusion forcing
+            return None  # copies of the scheduler are stepped, as for diffusion forcing
         self._index, self._timestep = index, timestep
         return 0 if index is None else max(0, int(index) - skipped)
 
@@ -153,11 +153,11 @@ class Run:
 
 
 class RunTracker:
-    """Find the run that a forward call belongs to, for all transformers of a pipeline and for any number of threads.
+    """The runs of forward calls, for all transformers of a pipeline and any number of threads.
 
-    The pipeline that runs a call is the one on the stack below it, whoever enabled sparse attention: it is never
-    guessed from what an earlier run left behind. Without one, a timestep out of the scheduler of the pipeline that
-    sparse attention was enabled on belongs to that pipeline; all other calls are a loop of the calling thread's own.
+    The pipeline that runs a call is looked up on the stack, never inferred from the state of an earlier run. Without
+    one, a timestep from the scheduler of the pipeline that sparse attention was enabled on belongs to that pipeline.
+    All other calls belong to a custom loop of the calling thread.
 
     Args:
         pipeline: The pipeline that sparse attention is enabled on, kept by weak reference; ``None`` for a bare
@@ -177,10 +177,10 @@ class RunTracker:
 
     @contextmanager
     def named(self, context: PassContext) -> Iterator[None]:
-        """Hold what a pipeline says for as long as its ``cache_context`` lasts, in its thread.
+        """Store the context of a pipeline in its thread while its ``cache_context`` is active.
 
         Args:
-            context: What it says.
+            context: The context.
         """
         previous, self._thread.said = self._thread.said, context
         try:
@@ -189,7 +189,7 @@ class RunTracker:
             self._thread.said = previous
 
     def begin(self, transformer: Module, timestep: Any) -> tuple[Run, Position]:
-        """Return the run of the forward call that starts now, and its place in it.
+        """Return the run of the forward call that starts now, and its position in it.
 
         Args:
             transformer: The model that is called.
@@ -216,13 +216,13 @@ class _Thread(threading.local):
 
 
 def _pipeline_on_stack(transformer: Module) -> Any:
-    """Return the innermost object that is running a method, and has this transformer and a scheduler with timesteps."""
+    """Return the innermost ``self`` on the stack with this transformer and a scheduler with timesteps."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
             caller = frame.f_locals.get("self")
-            scheduler = getattr(caller, "__dict__", {}).get("scheduler")  # no property of a stranger is run
+            scheduler = getattr(caller, "__dict__", {}).get("scheduler")  # runs no properties of other packages
             if getattr(scheduler, "timesteps", None) is not None and transformer in find_transformers(caller).values():
                 return caller
         frame = frame.f_back
@@ -230,7 +230,7 @@ def _pipeline_on_stack(transformer: Module) -> Any:
 
 
 def _is_part(timestep: Any, timesteps: Any) -> bool:
-    """Say whether a timestep is a view of an entry of a scheduler's list, which says its index without a look at it."""
+    """Return whether a timestep is a view into a scheduler's list, which gives its index without synchronising."""
     if not isinstance(timestep, Tensor) or not isinstance(timesteps, Tensor) or timestep.is_meta:
         return False
     same = timestep.device == timesteps.device and timestep.dtype == timesteps.dtype and timesteps.ndim == 1
@@ -239,7 +239,7 @@ def _is_part(timestep: Any, timesteps: Any) -> bool:
 
 def _value(timestep: Any) -> float | None:
     if isinstance(timestep, Tensor):
-        # the mean: of several frames or tokens some may stay at one timestep while the others move
+        # the mean, because some frames or tokens may stay at one timestep while others move
         return None if timestep.is_meta else float(timestep.detach().double().mean())
     return None if timestep is None else float(timestep)
 

@@ -1,4 +1,4 @@
-"""Decide for every attention call of a transformer whether it runs sparse, run it, and count it."""
+"""Execution and accounting of the attention calls of a transformer."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .strangers import replaced
 from .weights import Weights
 
 LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
-"""Live layers by number: the compiled graph knows a layer only by a tensor that holds its number."""
+"""Live layers by number; a compiled graph identifies a layer by a tensor with its number."""
 
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what the user chose, for all transformers of a pipeline.
+    """The user's choices for all transformers of a pipeline.
 
     Args:
-        method: Which blocks are computed.
+        method: The method.
         schedule: Which steps and layers stay dense.
         kernel: Name of the kernel; ``None`` chooses.
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; ``None`` for that of the model.
@@ -49,7 +49,7 @@ class Settings:
 
 
 class Layer:
-    """Run the attention calls of one self-attention module.
+    """The runtime of one self-attention module.
 
     Args:
         name: Path of the module.
@@ -70,11 +70,11 @@ class Layer:
 
     @property
     def memories(self) -> list[Memory]:
-        """List what the layer remembers, of all runs."""
+        """List the memory of the layer, over all runs."""
         return self.runtime.memories(self.index)
 
     def entered(self) -> None:
-        """Take note that the processor of the layer is called."""
+        """Record a call of the layer's processor."""
         forward = self.runtime.forward
         if forward is not None:
             forward.entered[self.index] += 1
@@ -90,7 +90,7 @@ class Layer:
             v: ``(B, H, S, D)`` values.
             mask: The mask the model passes.
             scale: The softmax scale the model passes.
-            obstacle: Why this call cannot be anything but the model's own, or ``None``.
+            obstacle: Why this call has to remain the model's own, or ``None``.
         """
         runtime, stats = self.runtime, self.stats
         forward = runtime.forward
@@ -151,7 +151,7 @@ class Layer:
         state, method = memory.state, self.runtime.settings.method
         state.kept = None
         memory.excuses.clear()
-        # autocast would choose blocks, and add up, in the precision of the model
+        # autocast would select blocks and accumulate in the model's precision
         with torch.autocast(q.device.type, enabled=False):
             out = self.stats.sparse_time.time(q.device, lambda: method.forward(q, k, v, call, state))
         self._forget(state, call)
@@ -161,9 +161,9 @@ class Layer:
         return out
 
     def _forget(self, state: MethodState, call: AttentionCall) -> None:
-        """Drop what no later call will use: for all layers of a large model it takes gigabytes."""
+        """Drop memory that no later call uses; for all layers of a large model it takes gigabytes."""
         if torch.is_grad_enabled():
-            return  # checkpointing may compute this call again
+            return  # checkpointing may recompute this call
         if call.num_steps is not None and call.step + 1 >= call.num_steps:
             state.reset()
         elif self.runtime.settings.schedule.refreshes(call.step + 1, call.num_steps):
@@ -177,7 +177,7 @@ class Layer:
             device: Where it computes.
 
         Returns:
-            What the call returns: ``(B, H, S, D)`` or ``(B, S, H, D)``, as the model has it.
+            The call's result, ``(B, H, S, D)`` or ``(B, S, H, D)`` as in the model.
         """
         return self.stats.dense_time.time(device, stock)
 
@@ -211,15 +211,15 @@ class Layer:
 
 
 class Runtime:
-    """Run the self-attention of one transformer.
+    """The runtime of the self-attention of one transformer.
 
     Args:
-        family: What its tokens are.
-        settings: What the user chose.
-        tracker: Finds the run of a call, for all transformers of a pipeline.
+        family: Its model family.
+        settings: The user's choices.
+        tracker: Tracker of runs, shared by all transformers of a pipeline.
         names: Paths of its self-attention modules.
-        title: What to call the transformer in reports.
-        weights: What the method learns; ``None`` if it learns nothing.
+        title: Name of the transformer in reports.
+        weights: Trainable weights of the method; ``None`` if it has none.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Runtime:
         return copied
 
     def begin(self, transformer: Module, arguments: Mapping[str, Any]) -> None:
-        """Take note of a forward pass that starts.
+        """Record the start of a forward pass.
 
         Args:
             transformer: The model.
@@ -271,11 +271,11 @@ class Runtime:
 
     @property
     def forward(self) -> Forward | None:
-        """Return the forward pass of the calling thread; a thread of autograd recomputes the latest with gradients."""
+        """Return the forward pass of the calling thread; an autograd thread recomputes the latest with gradients."""
         return getattr(self._thread, "forward", self._recomputed)
 
     def end(self, transformer: Module, failed: bool = False) -> None:
-        """Take note that the forward pass has ended; after the first, check that every layer took part.
+        """Record the end of a forward pass; after the first, check that every layer was reached.
 
         Args:
             transformer: The model.
@@ -315,7 +315,7 @@ class Runtime:
             )
 
     def dense_reason(self, layer: int, position: Position) -> str | None:
-        """Say why the schedule keeps a layer dense in a step; ``None`` where it does not.
+        """Return why the schedule keeps a layer dense in a step, or ``None``.
 
         Args:
             layer: Index of the layer, from 0.
@@ -324,7 +324,7 @@ class Runtime:
         return self.settings.schedule.dense_reason(layer, len(self.layers), max(position.step, 0), position.num_steps)
 
     def shared_order(self, tokens: TokenSpec) -> Tensor | None:
-        """Return the order that tokens may be in throughout a forward pass: ``(n,)`` int64 on the CPU, or ``None``.
+        """Return the token order that a whole forward pass can use, ``(n,)`` int64 on the CPU, or ``None``.
 
         Args:
             tokens: What the sequence is made up of, in raster order.
@@ -333,7 +333,7 @@ class Runtime:
         return self.cache.static(("shared order", tokens), lambda: method.shared_order(tokens))
 
     def spec(self, forward: Forward, length: int) -> TokenSpec | str:
-        """Say what a sequence of a forward pass is made up of, or why that is unknown.
+        """Return the make-up of a sequence of a forward pass, or why it is unknown.
 
         Args:
             forward: The forward pass.
@@ -365,14 +365,14 @@ class Runtime:
             warnings.warn(f"{self.title}: {what}, because {reason}", stacklevel=3)
 
     def forget(self) -> None:
-        """Drop counts, patterns and memory."""
+        """Clear counts, patterns and memory."""
         self.release()
         self._warned.clear()
         for layer in self.layers:
             layer.stats = LayerStats()
 
     def memories(self, layer: int) -> list[Memory]:
-        """List what a layer remembers, of all runs.
+        """List the memory of a layer, over all runs.
 
         Args:
             layer: Index of the layer, from 0.
@@ -382,7 +382,7 @@ class Runtime:
         return [memory for recall in recalls for key, memory in list(recall.memories.items()) if key[0] == layer]
 
     def release(self) -> None:
-        """Drop patterns and memory, and keep the counts."""
+        """Clear patterns and memory, but keep the counts."""
         self.cache.clear()
         with self._lock:
             for recall in self._recalls.values():

@@ -1,4 +1,4 @@
-"""What happened in a layer: calls, densities, time, and every reason for which a call was dense."""
+"""Statistics of a layer: calls, densities, times, and the reasons for dense calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Stopwatch:
-    """Add up the time of calls; on CUDA by events, which wait for the device only when the sum is asked for."""
+    """The total time of calls, measured on CUDA by events that synchronise only when the total is read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class Stopwatch:
             with self._lock:
                 self._seconds += time.perf_counter() - start
             return result
-        with torch.cuda.device(device):  # of several devices the current one need not be that of the call
+        with torch.cuda.device(device):  # the current device may not be that of the call
             capturing = torch.cuda.is_current_stream_capturing()
         if capturing:
             return run()
@@ -56,7 +56,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Return the sum in seconds, waiting for calls that still run."""
+        """Return the total in seconds, synchronising with pending calls."""
         with self._lock:
             for _, end in self._pending:
                 end.synchronize()
@@ -70,17 +70,17 @@ class Stopwatch:
 
 
 class LayerStats:
-    """The counts of one layer, whichever threads call it."""
+    """The thread-safe statistics of one layer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.sparse_calls = 0
         self.scheduled: Counter[str] = Counter()
-        """Calls that are dense because method or schedule say so, by reason."""
+        """Calls kept dense by the method or the schedule, by reason."""
         self.fallbacks: Counter[str] = Counter()
-        """Calls that should have been sparse and could not, by reason."""
+        """Calls that could not run sparse, by reason."""
         self.precision_fallbacks: Counter[str] = Counter()
-        """Sparse calls that should have run in low precision and had better not, by reason."""
+        """Sparse calls that were requested in low precision but ran in the model's precision, by reason."""
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.parts: defaultdict[str, Stopwatch] = defaultdict(Stopwatch)
@@ -90,7 +90,7 @@ class LayerStats:
 
     @property
     def dense_calls(self) -> int:
-        """Count the dense calls, wanted or not."""
+        """Count all dense calls."""
         return self.scheduled.total() + self.fallbacks.total()
 
     @property
@@ -109,19 +109,19 @@ class LayerStats:
         return self._measured
 
     def count_scheduled(self, reason: str) -> None:
-        """Count a call that is dense because method or schedule say so.
+        """Count a call kept dense by the method or the schedule.
 
         Args:
-            reason: Why.
+            reason: The reason.
         """
         with self._lock:
             self.scheduled[reason] += 1
 
     def count_fallback(self, reason: str) -> None:
-        """Count a call that should have been sparse and could not.
+        """Count a call that could not run sparse.
 
         Args:
-            reason: Why.
+            reason: The reason.
         """
         with self._lock:
             self.fallbacks[reason] += 1

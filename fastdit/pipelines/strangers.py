@@ -1,4 +1,4 @@
-"""Code of others inside a transformer: what replaces the forward of a module, and what may see its tokens."""
+"""Detection of third-party code inside a transformer that replaces a forward or may see tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch.nn import Module
 
 TRUSTED = ("torch", "diffusers", "peft", "accelerate", "fastdit", "bitsandbytes", "torchao", "optimum")
-"""Packages whose modules treat each token by itself where the models of diffusers use them."""
+"""Packages whose modules process tokens independently in diffusers models."""
 
 BLIND = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting", "peft_autocast_disable")
-"""Hooks of diffusers that move or cast weights and look at no tokens."""
+"""Hooks of diffusers that move or cast weights and do not read tokens."""
 
 
 def replaced(module: Module) -> bool:
-    """Say whether somebody else computes what a module returns; hooks that diffusers registers on it do not count.
+    """Return whether third-party code computes the output of a module; hooks registered by diffusers do not count.
 
     Args:
         module: A module of a transformer.
@@ -26,7 +26,7 @@ def replaced(module: Module) -> bool:
         calls.append(type(own["processor"]).__call__)
     if any(getattr(call, "__globals__", {}).get("__name__", "").partition(".")[0] not in TRUSTED for call in calls):
         return True
-    # accelerate, which keeps the forward that it wraps, moves weights
+    # accelerate wraps forward to move weights and keeps the original
     wrapped = type(own.get("_hf_hook")).__module__.startswith("accelerate.")
     forward = own.get("_old_forward" if wrapped else "forward")
     if forward is None or _registered(module):
@@ -35,7 +35,7 @@ def replaced(module: Module) -> bool:
 
 
 def watched(transformer: Module, ours: type) -> bool:
-    """Say whether somebody else may see, change or keep tokens between the entry and the exit of a transformer.
+    """Return whether third-party code may see, change or store tokens inside a transformer.
 
     Args:
         transformer: The model.
@@ -49,7 +49,7 @@ def watched(transformer: Module, ours: type) -> bool:
     return any(
         replaced(module)
         or not _registered(module) <= set(BLIND)
-        # hooks on the transformer itself see what goes in and what comes out
+        # hooks on the transformer itself see only its inputs and outputs
         or (module is not transformer and module._forward_pre_hooks)
         or (module is not transformer and not all(isinstance(hook, ours) for hook in module._forward_hooks.values()))
         for module in transformer.modules()

@@ -1,4 +1,4 @@
-"""Find the transformers of what a user hands over: a pipeline, or a transformer by itself."""
+"""Lookup of the transformers of a pipeline or a bare transformer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _NAMES = ("transformer", "transformer_2")
 
 
 def find_transformers(target: Any) -> dict[str, Module]:
-    """Return the transformers of a pipeline by name, or a bare one, without the wrappers of compilation and training.
+    """Return the transformers of a pipeline by name, or a bare one, without compilation and training wrappers.
 
     Args:
         target: A diffusers pipeline or a transformer.
 
     Returns:
-        ``"transformer"``, and ``"transformer_2"`` where there is one; empty if ``target`` has none.
+        ``"transformer"``, and ``"transformer_2"`` if there is one; empty if ``target`` has none.
     """
     if isinstance(target, Module):
         return {_NAMES[0]: _unwrap(target)}
@@ -26,7 +26,7 @@ def find_transformers(target: Any) -> dict[str, Module]:
 
 
 def require_transformers(target: Any) -> dict[str, Module]:
-    """Return the transformers of a pipeline by name, or a bare one; there is at least one.
+    """Return the transformers of a pipeline by name, or a bare one; raise if there is none.
 
     Args:
         target: A diffusers pipeline or a transformer.

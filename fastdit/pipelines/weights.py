@@ -1,4 +1,4 @@
-"""What a method learns: attached to the transformer as one submodule, written to a file and read from it."""
+"""Trainable weights of a method: attached to the transformer as one submodule, saved and loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADER = "fastdit_weights"
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Hold what the layers of one transformer learn, and what they belong to.
+    """The trainable weights of the layers of one transformer, and the model they belong to.
 
     Args:
         modules: One module per self-attention layer, by its number.
@@ -39,7 +39,7 @@ class Weights:
 
 
 def make_weights(method: AttentionMethod, transformer: Module, layers: int) -> Weights | None:
-    """Make what a method learns in each layer, on the device of the transformer; ``None`` if it learns nothing.
+    """Create the weights of a method on the device of the transformer; ``None`` if it has none.
 
     Args:
         method: The method.
@@ -47,7 +47,7 @@ def make_weights(method: AttentionMethod, transformer: Module, layers: int) -> W
         layers: Its self-attention layers, at least 1.
 
     Raises:
-        ValueError: The model does not say how many heads it has.
+        ValueError: The config has no number of heads or head dim.
     """
     if not method.trained_for:
         return None
@@ -58,25 +58,25 @@ def make_weights(method: AttentionMethod, transformer: Module, layers: int) -> W
             f"method {method.name!r} has weights, which need num_attention_heads and attention_head_dim in the "
             f"config of {type(transformer).__name__}"
         )
-    with torch.device("cpu"):  # whatever the default device is
+    with torch.device("cpu"):  # regardless of the default device
         modules = ModuleDict({str(layer): method.make_weights(heads, head_dim) for layer in range(layers)})
     device = next(transformer.parameters()).device
-    if device.type != "meta":  # an offloaded model; weights follow the queries, wherever they are kept
+    if device.type != "meta":  # not offloaded; otherwise the weights follow the queries
         modules.to(device)
     model = {"class": type(transformer).__name__, "layers": layers, "heads": heads, "head_dim": head_dim}
     return Weights(modules, model)
 
 
 def save_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str, Weights | None]) -> None:
-    """Write what a method has learned as a safetensors file.
+    """Save the weights of a method as a safetensors file.
 
     Args:
-        path: The file; one that is there is replaced.
+        path: The file; an existing one is replaced.
         method: The method.
-        weights: What was learned, by the name of the transformer.
+        weights: The weights, by transformer name.
 
     Raises:
-        ValueError: The method learns nothing, or its weights are out of reach.
+        ValueError: The method has no weights, or they are offloaded.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(method, weights).items()}
     with moved_when_complete(Path(path)) as part:
@@ -84,17 +84,17 @@ def save_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str
 
 
 def load_weights(path: str | Path, method: AttentionMethod, weights: Mapping[str, Weights | None]) -> None:
-    """Read what a method has learned; if the file does not fit, nothing changes.
+    """Load the weights of a method; if the file does not match, nothing changes.
 
     Args:
         path: The file.
         method: The method.
-        weights: Where it goes, by the name of the transformer.
+        weights: The weights to overwrite, by transformer name.
 
     Raises:
-        ValueError: The method learns nothing, its weights are out of reach, or the file is broken or was made for
-            something else.
-        FileNotFoundError: There is no such file.
+        ValueError: The method has no weights, they are offloaded, or the file is broken or belongs to another model or
+            method.
+        FileNotFoundError: The file does not exist.
     """
     wanted = _tensors(method, weights)
     header, tensors = _read(path)

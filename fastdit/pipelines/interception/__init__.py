@@ -1,1 +1,1 @@
-"""Interception: how the attention calls of a transformer reach its runtime, and how that is taken back."""
+"""Interception of the attention calls of a transformer, and its removal."""

@@ -1,4 +1,4 @@
-"""The attention call of a compiled transformer that trains: it runs between graphs."""
+"""Attention call of a compiled transformer in training, excluded from graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .operator import attend_numbered
     reason="sparse attention with gradients runs between graphs: leave fullgraph out, or use torch.no_grad()"
 )
 def attend_between_graphs(*arguments: Any) -> Tensor:
-    """Run an attention call where autograd sees all that a method does: ``(B, H, S, D)`` or ``(B, S, H, D)``.
+    """Run an attention call in plain Python, so that autograd sees the method: ``(B, H, S, D)`` or ``(B, S, H, D)``.
 
     Args:
         *arguments: Those of ``attend_numbered``.

@@ -1,4 +1,4 @@
-"""What always runs outside of compiled graphs: the hooks that tell a runtime about each forward pass, and training."""
+"""Hooks that report forward passes to a runtime, outside of compiled graphs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def before_forward(transformer: Module, args: tuple[Any, ...], kwargs: dict[str,
 
 @torch.compiler.disable
 def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> None:
-    """Tell the runtime that the forward pass has ended.
+    """Report the end of a forward pass to the runtime.
 
     Args:
         transformer: The model.
         args: Not used.
-        output: What it returned; ``None`` if it raised.
+        output: Its output; ``None`` if it raised.
     """
     installation = installed(transformer)
     if installation is not None:
@@ -50,12 +50,12 @@ def after_forward(transformer: Module, args: tuple[Any, ...], output: Any) -> No
 
 @contextmanager
 def cache_context(transformer: Module, name: str, **kwargs: Any) -> Iterator[None]:
-    """Listen to what a pipeline says about the forward pass, and let diffusers hear it too.
+    """Record the context of a forward pass and pass it on to diffusers.
 
     Args:
-        transformer: The model, on which this hides the method of the same name.
+        transformer: The model, on whose instance this shadows the method of the same name.
         name: The guidance pass.
-        **kwargs: What else the pipeline says, by the names of ``diffusers.hooks.CacheContext``.
+        **kwargs: Fields of ``diffusers.hooks.CacheContext``.
     """
     stock: Any = type(transformer).cache_context
     installation = installed(transformer)

@@ -1,4 +1,4 @@
-"""Install the interception on a transformer, and take it back."""
+"""Installation and removal of the interception."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .rebind import (
 
 
 def check_modules(transformer: Module, family: ModelFamily, modules: list[tuple[str, Module]]) -> None:
-    """Check that a transformer can be intercepted; nothing is changed.
+    """Check that a transformer can be intercepted, without changing it.
 
     Args:
         transformer: The model.
@@ -32,7 +32,7 @@ def check_modules(transformer: Module, family: ModelFamily, modules: list[tuple[
         modules: Its self-attention modules by path.
 
     Raises:
-        RuntimeError: It cannot.
+        RuntimeError: It cannot be intercepted.
     """
     crossing_modules(family, transformer)
     for name, module in modules:
@@ -43,12 +43,12 @@ def check_modules(transformer: Module, family: ModelFamily, modules: list[tuple[
 
 
 def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Module]]) -> Installation:
-    """Lead the attention calls of a transformer to a runtime.
+    """Route the attention calls of a transformer to a runtime.
 
     Args:
-        transformer: The model; nothing is installed on it.
-        runtime: What runs its attention.
-        modules: Its self-attention modules by path, as many as the runtime has layers; ``check_modules`` takes them.
+        transformer: The model, without an installation.
+        runtime: Its runtime.
+        modules: Its self-attention modules by path, one per layer of the runtime; they pass ``check_modules``.
     """
     # imported late, because it loads torch's compiler
     from .hooks import after_forward, before_forward, cache_context
@@ -78,10 +78,10 @@ def install(transformer: Module, runtime: Runtime, modules: list[tuple[str, Modu
 
 
 def uninstall(transformer: Module) -> None:
-    """Take everything back. Processors that something else has replaced meanwhile are left alone.
+    """Remove the installation. Processors that other code has replaced are left alone.
 
     Args:
-        transformer: The model; without an installation nothing happens.
+        transformer: The model; without an installation, nothing changes.
     """
     installation = transformer.__dict__.pop(ATTRIBUTE, None)
     if installation is None:

@@ -1,4 +1,4 @@
-"""What is installed on a transformer, and how it is found."""
+"""Record of the changes made to a transformer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ATTRIBUTE = "_fastdit"
 
 
 class Installation:
-    """Hold what was changed on a transformer, to take it back.
+    """The changes made to a transformer, for their removal.
 
     Args:
-        runtime: What runs its attention.
-        replaced: The attention modules, with their stock and their rebound processors.
+        runtime: Its runtime.
+        replaced: The attention modules, with their original and rebound processors.
         handles: The hooks.
         parameters: Names of the arguments of its forward.
     """
@@ -43,7 +43,7 @@ class Installation:
         return _nothing, ()
 
     def check(self) -> None:
-        """Check that the processors are still ours, and let patched functions act.
+        """Check that the processors are still installed, and adopt patched functions.
 
         Raises:
             RuntimeError: A processor was replaced, or its ``__call__`` patched.
@@ -63,7 +63,7 @@ def _nothing() -> None:
 
 
 def installed(transformer: Module) -> Installation | None:
-    """Return what is installed on a transformer, or ``None``.
+    """Return the installation of a transformer, or ``None``.
 
     Args:
         transformer: The model.

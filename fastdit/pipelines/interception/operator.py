@@ -1,4 +1,4 @@
-"""The operator that stands for an attention call in a compiled graph."""
+"""Custom operator for attention calls in compiled graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..obstacles import as_autocast
 from ..runtime import LAYERS, Layer
 
-# Layer, step and what a method remembers decide what it does: a CUDA graph would repeat what it did in one of them.
+# its behaviour depends on layer, step and memory; a CUDA graph would repeat that of one step
 _TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
@@ -48,7 +48,7 @@ def attend_numbered(
     backend: str | None,
     source: str | None,
 ) -> Tensor:
-    """Run an attention call of a compiled transformer: ``(B, H, S, D)`` or ``(B, S, H, D)``, as the model has it.
+    """Run an attention call of a compiled transformer: ``(B, H, S, D)`` or ``(B, S, H, D)``, as in the model.
 
     Args:
         q: ``(B, H, S, D)`` or ``(B, S, H, D)`` queries.

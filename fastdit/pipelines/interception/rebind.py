@@ -1,9 +1,9 @@
-"""Bind a stock attention processor again, so that its attention call goes to a layer of ours.
+"""Rebinding of attention processors, so that their attention call goes to a fastdit layer.
 
-A processor's ``__call__`` is bound again to a module of its own, in which only the names of the attention calls mean
-something else. Nothing global is changed and no code is copied. Under ``torch.compile`` the call becomes one opaque
-operator, so that policy never enters a graph: layers are told apart by a tensor, and neither a step nor a layer
-causes another compilation. With gradients it runs between graphs instead, where autograd sees all that a method does.
+A processor's ``__call__`` is rebound to a copy of its module in which only the names of the attention functions differ.
+Nothing global is changed and no code is copied. Under ``torch.compile`` the call becomes one opaque operator. A tensor
+identifies the layer, so neither a step nor a layer triggers recompilation. With gradients the call runs between graphs
+instead, so that autograd sees the method.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _make_class(base: type, stock: types.FunctionType, twins: tuple[Twin, ...]) 
         finally:
             _CURRENT.processor = previous
 
-    # attention modules drop the arguments that a processor's signature does not list
+    # attention modules drop arguments missing from a processor's signature
     __call__.__signature__ = inspect.signature(stock)
     members = {
         "__call__": __call__,
@@ -174,7 +174,7 @@ def _make_class(base: type, stock: types.FunctionType, twins: tuple[Twin, ...]) 
 
 
 def _introduce(kind: type, base: type) -> None:
-    # diffusers finds what stands for skipped attention by the class of the processor
+    # diffusers looks up the replacement for skipped attention by processor class
     from diffusers.hooks._helpers import AttentionProcessorRegistry
 
     with contextlib.suppress(ValueError):
@@ -186,24 +186,24 @@ def _parts(function: Any) -> tuple[Any, ...]:
 
 
 class Rebound:
-    """Mark processors of ours; without a layer they do what the stock one does."""
+    """The base class of rebound processors; without a layer they behave like the original."""
 
     fastdit_layer: Layer | None = None
     fastdit_number: Tensor | None = None
-    fastdit_learns: bool = False  # whether the method has weights of its own, which a frozen model may train
+    fastdit_learns: bool = False  # whether the method has trainable weights, which a frozen model may train
     fastdit_stock: tuple[Any, tuple[Any, ...]]
     fastdit_twins: tuple[Twin, ...]
 
     @classmethod
     def fastdit_changed(cls) -> bool:
-        """Say whether the stock ``__call__`` is another now."""
+        """Return whether the original ``__call__`` has been replaced."""
         function, parts = cls.fastdit_stock
         current = inspect.getattr_static(cls.__mro__[1], "__call__", None)
         return current is not function or _parts(current) != parts
 
 
 def stock_class(processor: Any) -> type:
-    """Return the class of a processor, the stock one of a processor of ours.
+    """Return the class of a processor; for a rebound one, the original class.
 
     Args:
         processor: The processor.
@@ -216,22 +216,22 @@ def check_interceptable(processor: Any) -> None:
     """Check that the attention call of a processor can be intercepted.
 
     Args:
-        processor: A stock processor, or one of ours.
+        processor: An original or a rebound processor.
 
     Raises:
-        RuntimeError: It cannot.
+        RuntimeError: It cannot be intercepted.
     """
     _rebound_class(stock_class(processor))
 
 
 def follow_patches(processors: Iterable[Any]) -> None:
-    """Let functions act that were patched since processors were bound again.
+    """Adopt functions patched since processors were rebound.
 
     Args:
-        processors: Processors of ours.
+        processors: Rebound processors.
 
     Raises:
-        RuntimeError: The ``__call__`` of a stock processor was patched, which no processor of ours can follow.
+        RuntimeError: The ``__call__`` of an original processor was patched.
     """
     kinds: set[type[Rebound]] = {type(processor) for processor in processors}
     for kind in kinds:
@@ -245,10 +245,10 @@ def follow_patches(processors: Iterable[Any]) -> None:
 
 
 def rebind(processor: Any, layer: Layer) -> Any:
-    """Return a twin of a processor whose attention call goes to a layer.
+    """Return a copy of a processor whose attention call goes to a layer.
 
     Args:
-        processor: A stock processor.
+        processor: An original processor.
         layer: The layer.
 
     Raises:
@@ -265,10 +265,10 @@ def rebind(processor: Any, layer: Layer) -> Any:
 
 
 def stock_attributes(processor: Any) -> dict[str, Any]:
-    """Return the attributes of a processor that are not ours.
+    """Return the attributes of the original processor.
 
     Args:
-        processor: A processor of ours.
+        processor: A rebound processor.
     """
     return {key: value for key, value in processor.__dict__.items() if not key.startswith("fastdit_")}
 
@@ -287,7 +287,7 @@ def _pickle_processor(self: Any) -> Any:
 
 
 def stock_processor(base: type, attributes: dict[str, Any]) -> Any:
-    """Make a processor from its attributes.
+    """Create a processor from its attributes.
 
     Args:
         base: Its class.

@@ -1,4 +1,4 @@
-"""Modules with the names of another, some of which mean something else."""
+"""Copies of modules in which some names are replaced."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _OWN = ("__name__", "__spec__", "__loader__")
 
 
 class Twin:
-    """Module that has the names of another, some of which mean something else, and follows it when it is patched.
+    """A copy of a module with some names replaced, which follows patches of the original.
 
-    Dynamo looks names up in ``sys.modules``, so it is there under a name of its own.
+    It is in ``sys.modules`` under its own name, because Dynamo looks names up there.
 
     Args:
-        source: The other module.
-        replaced: What means something else, by name; a name that the other module lacks stays unknown.
+        source: The original module.
+        replaced: Replaced values by name; names that the original lacks are ignored.
     """
 
     def __init__(self, source: types.ModuleType, replaced: dict[str, Any]) -> None:
@@ -30,23 +30,23 @@ class Twin:
         sys.modules[self.module.__name__] = self.module
 
     def refresh(self) -> None:
-        """Take over what has been patched, added or removed."""
+        """Adopt names that were patched, added or removed."""
         names, own = vars(self.source).copy(), vars(self.module)
         names.update((name, value) for name, value in self.replaced.items() if name in names)
         names.update((name, own[name]) for name in _OWN)
         if self._taken != names.keys() or not all(map(operator.is_, map(own.get, names), names.values())):
             own.update(names)
-            for name in self._taken - names.keys():  # no others: Dynamo keeps what it compiles beside them
+            for name in self._taken - names.keys():  # leave others alone: Dynamo stores compiled code there
                 own.pop(name, None)
             self._taken = set(names)
 
 
 def find_twin(source: types.ModuleType, replaced: Callable[[], dict[str, Any]]) -> Twin:
-    """Return the twin of a module, as the module is now.
+    """Return the up-to-date twin of a module.
 
     Args:
         source: The module.
-        replaced: Makes what means something else, by name, when the twin is made.
+        replaced: Returns the replaced values by name when the twin is created.
     """
     known = _TWINS.get(source.__name__)
     if known is None or known.source is not source:
