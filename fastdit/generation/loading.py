@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
@@ -144,6 +145,38 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
         else:
             transformer.compile()
     return pipeline
+
+
+def outline(source: ModelSource) -> SimpleNamespace:
+    """Make the transformers of a pipeline on the meta device, from their configurations alone.
+
+    Args:
+        source: Where the pipeline is.
+
+    Returns:
+        ``transformer``, and ``transformer_2`` where there is one, as attributes.
+
+    Raises:
+        InputError: A configuration is missing or damaged.
+    """
+    import diffusers
+    import torch
+
+    from ..demo import WEIGHTS
+
+    place, found = source.place or WEIGHTS, SimpleNamespace()
+    try:
+        index = diffusers.DiffusionPipeline.load_config(place, local_files_only=source.local)
+        for title in ("transformer", "transformer_2"):
+            _, name = index.get(title) or (None, None)
+            if name is not None:
+                cls = getattr(diffusers, name)
+                config = cls.load_config(place, subfolder=title, local_files_only=source.local)
+                with torch.device("meta"):
+                    setattr(found, title, cls.from_config(config))
+    except Exception as error:
+        raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
+    return found
 
 
 def transformers_of(pipeline: Any) -> list[Any]:
