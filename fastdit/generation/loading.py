@@ -128,6 +128,8 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
     Raises:
         InputError: The weights are damaged, missing or of another model.
     """
+    from ..pipelines.targets import find_transformers
+
     pipeline = _read_weights(source, dtype)
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
@@ -139,7 +141,7 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
         pipeline.enable_group_offload(torch.device(device), offload_type="leaf_level")
     else:
         pipeline.to(device)
-    for transformer in transformers_of(pipeline) if compiled else []:
+    for transformer in find_transformers(pipeline).values() if compiled else ():
         if getattr(transformer, "_repeated_blocks", None):
             transformer.compile_repeated_blocks()
         else:
@@ -166,7 +168,7 @@ def outline(source: ModelSource) -> SimpleNamespace:
 
     place, found = source.place or WEIGHTS, SimpleNamespace()
     try:
-        index = diffusers.DiffusionPipeline.load_config(place, local_files_only=source.local)
+        index: Any = diffusers.DiffusionPipeline.load_config(place, local_files_only=source.local)
         for title in ("transformer", "transformer_2"):
             _, name = index.get(title) or (None, None)
             if name is not None:
@@ -177,16 +179,6 @@ def outline(source: ModelSource) -> SimpleNamespace:
     except Exception as error:
         raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
     return found
-
-
-def transformers_of(pipeline: Any) -> list[Any]:
-    """Return the transformers of a pipeline, one or two.
-
-    Args:
-        pipeline: The pipeline.
-    """
-    both = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in both if transformer is not None]
 
 
 def _read_weights(source: ModelSource, dtype: torch.dtype) -> Any:
