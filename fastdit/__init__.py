@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from .attention import AttentionMethod, MethodState, Pattern, get_method, list_methods, register
     from .attention.kernels.dispatch import block_sparse_attention, list_kernels
+    from .defaults import Choice, choose
     from .functional import pattern, sparse_attention_call
     from .layout import TokenLayout
     from .mask import BlockMask
@@ -39,6 +40,7 @@ _HOMES = {
     ),
     "attention": ("AttentionMethod", "MethodState", "Pattern", "get_method", "list_methods", "register"),
     "attention.kernels": ("block_sparse_attention", "list_kernels"),
+    "defaults": ("Choice", "choose"),
     "functional": ("pattern", "sparse_attention_call"),
     "layout": ("TokenLayout",),
     "mask": ("BlockMask",),

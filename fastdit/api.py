@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from .attention import AttentionMethod
 from .attention.kernels.dispatch import explain_kernels, list_precisions
-from .defaults import _choose
+from .defaults import choose
 from .pipelines.families.family import find_family
 from .pipelines.interception.install import check_modules, install, uninstall
 from .pipelines.interception.installation import installed
@@ -169,23 +169,23 @@ def enable_sparse_attention(
     """
     transformers = require_transformers(target)
     families = [find_family(transformer) for transformer in transformers.values()]
-    bare = isinstance(target, Module)
-    methods, default, low = _choose(method, fields, transformers, families, bare)
-    precision = low if precision is None else precision
+    choice = choose(target, method, **fields)
+    precision = choice.precision if precision is None else precision
     _check_kernel(kernel, transformers.values())
     if precision is not None and precision not in list_precisions():
         raise ValueError(f"unknown precision {precision!r}; precisions are: {', '.join(list_precisions())}")
-    schedule = default if schedule is None else schedule
+    schedule = choice.schedule if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a fastdit.Schedule, got {type(schedule).__name__}")
-    tracker = RunTracker(None if bare else target)
+    tracker = RunTracker(None if isinstance(target, Module) else target)
     prepared = []
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
         modules = family.self_attentions(transformer)
         _check_layers(schedule, len(modules))
         check_modules(transformer, family, modules)
-        weights = make_weights(methods[title], transformer, len(modules))
-        settings = Settings(methods[title], schedule, kernel, precision)
+        chosen = choice.methods[title]
+        weights = make_weights(chosen, transformer, len(modules))
+        settings = Settings(chosen, schedule, kernel, precision)
         runtime = Runtime(family, settings, tracker, [name for name, _ in modules], title, weights)
         prepared.append((transformer, runtime, modules))
     handle = SparseAttention(list(transformers.values()), [runtime for _, runtime, _ in prepared])

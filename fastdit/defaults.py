@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from torch.nn import Module
 
 from .attention import AttentionMethod, get_method
-from .pipelines.families.family import ModelFamily
+from .pipelines.families.family import ModelFamily, find_family
+from .pipelines.targets import require_transformers
 from .plans.plan import Plan, config_hash
 from .plans.shipped import find_shipped_plan
 from .schedule import Schedule
@@ -74,74 +75,107 @@ PRESETS: tuple[Preset, ...] = (
 )
 
 
-def _choose(
-    method: str | Path | AttentionMethod | Plan | None,
-    fields: Mapping[str, Any],
-    transformers: Mapping[str, Module],
-    families: Sequence[ModelFamily],
-    bare: bool,
-) -> tuple[dict[str, AttentionMethod], Schedule, str | None]:
+@dataclass(frozen=True)
+class Choice:
+    """The methods, schedule and precision that a model gets, with the reason.
+
+    Args:
+        methods: The method of each transformer, by its name in the pipeline.
+        schedule: Which steps and layers stay dense, and when dynamic masks are rebuilt.
+        precision: Low precision of products; ``None`` for the precision of the model.
+        reason: Why, as a sentence.
+        source: Where the settings come from: a publication, fastdit, the file of a plan, or the caller.
+    """
+
+    methods: Mapping[str, AttentionMethod]
+    schedule: Schedule
+    precision: str | None
+    reason: str
+    source: str
+
+
+def choose(target: Any, method: str | Path | AttentionMethod | Plan | None = None, **fields: Any) -> Choice:
+    """Return what ``enable_sparse_attention`` would run with the same arguments, and change nothing.
+
+    Weights are not looked at, so a model on the meta device is enough.
+
+    Args:
+        target: A diffusers pipeline or a transformer.
+        method: As for ``enable_sparse_attention``.
+        **fields: Fields of the method, likewise.
+
+    Raises:
+        ValueError: Model or method is unknown, or a value is out of range or does not fit the model.
+        FileNotFoundError: A file that the method needs is not there.
+        TypeError: The method has no such field, or fields are given together with a method object or a plan.
+    """
+    transformers = require_transformers(target)
+    families = [find_family(transformer) for transformer in transformers.values()]
+    source = "caller"
     if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".json")):
-        method = Plan.load(method)
+        source, method = str(method), Plan.load(method)
     if isinstance(method, (AttentionMethod, Plan)) and fields:
         what = "a plan, whose methods have their own"
         if isinstance(method, AttentionMethod):
             what = f"a method object; give the name {method.name!r}, or set them with dataclasses.replace"
         raise TypeError(f"fields ({', '.join(fields)}) cannot be combined with {what}")
-    if method is None and not fields and not bare:
-        shipped = find_shipped_plan(_config_hash(next(iter(transformers.values()))))
-        if shipped is not None and _misfit(shipped, transformers, families) is None:
-            method = shipped
     if isinstance(method, Plan):
-        reason = _misfit(method, transformers, families)
-        if reason is not None:
-            raise ValueError(f"the plan does not fit: {reason}")
-        return {title: method.method(title) for title in transformers}, method.schedule, method.precision
+        misfit = _misfit(method, transformers, families)
+        if misfit is not None:
+            raise ValueError(f"the plan does not fit: {misfit}")
+        return _run_plan(method, transformers, "The plan of the caller fits the model.", source)
+    model, bare = next(iter(transformers.values())), isinstance(target, Module)
+    if method is None and not fields and not bare:
+        shipped = find_shipped_plan(config_hash(_config(model)))
+        if shipped is not None and _misfit(shipped, transformers, families) is None:
+            reason = f"fastdit ships a plan for this configuration of {type(model).__name__}."
+            return _run_plan(shipped, transformers, reason, f"search with fastdit {shipped.fastdit}")
     name = method.name if isinstance(method, AttentionMethod) else method
-    preset = find_preset(families[0], next(iter(transformers.values())), name, len(transformers))
+    width = getattr(_config(model), "num_attention_heads", 0) * getattr(_config(model), "attention_head_dim", 0)
+    preset = _find_preset(families[0].name, width, len(transformers), name)
+    reason = f"The caller asks for {preset.method}"
+    if method is None:
+        reason = f"{preset.method} is the default method of a {type(model).__name__} of width {width}"
     if method is None or isinstance(method, str):
-        method = get_method(preset.method, **{**preset.fields, **fields})
+        source, method = preset.source, get_method(preset.method, **{**preset.fields, **fields})
     if not isinstance(method, AttentionMethod):
         raise TypeError(f"method must be a name, a method, a plan or None, got {type(method).__name__}")
-    return dict.fromkeys(transformers, method), Schedule() if bare else preset.schedule, None
+    reason += f", with {', '.join(fields)} as given" if fields else ""
+    reason += "; every call is sparse, because a bare transformer does not know the number of steps" if bare else ""
+    schedule = Schedule() if bare else preset.schedule
+    return Choice(dict.fromkeys(transformers, method), schedule, None, f"{reason}.", source)
+
+
+def _run_plan(plan: Plan, titles: Iterable[str], reason: str, source: str) -> Choice:
+    return Choice({title: plan.method(title) for title in titles}, plan.schedule, plan.precision, reason, source)
 
 
 def _misfit(plan: Plan, transformers: Mapping[str, Module], families: Sequence[ModelFamily]) -> str | None:
     for (title, transformer), family in zip(transformers.items(), families, strict=True):
+        config = _config(transformer)
         reason = plan.fits(
             title,
             model_class=type(transformer).__name__,
-            config_hash=_config_hash(transformer),
+            config_hash=config_hash(config),
             layers=len(family.self_attentions(transformer)),
-            heads=getattr(transformer.config, "num_attention_heads", 0),
+            heads=getattr(config, "num_attention_heads", 0),
         )
         if reason is not None:
             return reason
     return None
 
 
-def _config_hash(transformer: Module) -> str:
-    config: Any = transformer.config
-    return config_hash(config)
+def _config(transformer: Module) -> Any:
+    return transformer.config
 
 
-def find_preset(family: ModelFamily, transformer: Module, method: str | None = None, experts: int = 1) -> Preset:
-    """Return the settings for a model: the first that fit.
-
-    Args:
-        family: Its family.
-        transformer: The model.
-        method: Name of the method wanted; ``None`` for the model's default method.
-        experts: Transformers of the pipeline, at least 1.
-    """
-    config: Any = transformer.config
-    width = getattr(config, "num_attention_heads", 0) * getattr(config, "attention_head_dim", 0)
+def _find_preset(family: str, width: int, experts: int, method: str | None) -> Preset:
     for preset in PRESETS:
         if (
-            preset.family in (None, family.name)
+            preset.family in (None, family)
             and width >= preset.width
             and preset.method == (method or preset.method)
             and preset.experts in (None, experts)
         ):
             return preset
-    return Preset(method or "draft", _QUARTER, _OURS)
+    return Preset(method or "draft", _QUARTER, "defaults of the method; schedule of fastdit")

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 import fastdit
 from fastdit.attention.kernels import fa4
 from fastdit.attention.kernels.triton import kernel as triton_attention
-from fastdit.defaults import PRESETS, find_preset
-from fastdit.pipelines import find_family
 from fastdit.report import summary
 
 
@@ -186,59 +184,6 @@ def test_bare_transformer_with_fractional_warm_up_says_what_to_do(model):
     fastdit.enable_sparse_attention(model, "draft", schedule=fastdit.Schedule(warmup_steps=0.5))
     with pytest.raises(ValueError, match="warmup_steps as a count"):
         forward(model)
-
-
-def test_preset_of_a_pipeline():
-    pipe = tiny.pipeline("cogvideox")
-    handle = pipe.enable_sparse_attention(tile=(1, 4, 4))
-    assert handle.method.name == "draft" and handle.method.density == 0.4 and handle.method.tile == (1, 4, 4)
-    assert handle.schedule == fastdit.Schedule(warmup_steps=0.25, dense_layers=(0,))
-    tiny.run(pipe, steps=4)
-    assert handle.report()["totals"]["dense"] == {"dense layer": 4, "warm-up step": 1}
-
-
-@pytest.mark.parametrize(
-    ("kind", "width", "method", "experts", "fields"),
-    [
-        ("wan", 5120, None, 1, {"density": 0.25, "compensate": "mean"}),
-        ("wan", 1536, None, 1, {"density": 0.4, "compensate": "mean"}),
-        ("wan", 128, "profiled", 1, {"density": 0.17, "compensate": "mean"}),
-        (
-            "wan",
-            128,
-            "draft",
-            1,
-            {"density": 0.17, "tile": (4, 4, 4), "per_row": True, "parts": 8, "compensate": "mean"},
-        ),
-        ("hunyuan_video", 3072, None, 1, {"density": 0.1, "compensate": "mean"}),
-        ("ltx", 2048, None, 1, {"density": 0.4, "compensate": "mean"}),
-        ("hunyuan_video", 3072, "radial", 1, {"decay": 0.95, "sink": False}),
-        ("wan", 5120, "radial", 2, {"decay": 0.8}),
-        ("wan", 5120, "radial", 1, {"decay": 0.2}),
-        ("mochi", 3072, "radial", 1, {}),
-    ],
-)
-def test_presets_follow_family_size_and_method(kind, width, method, experts, fields):
-    config = SimpleNamespace(num_attention_heads=width // 128, attention_head_dim=128)
-    found = find_preset(find_family(tiny.transformer(kind)), SimpleNamespace(config=config), method, experts)
-    assert found.fields == fields and found.method == (method or "draft") and found.source
-
-
-def test_small_models_are_profiled():
-    config = SimpleNamespace(num_attention_heads=2, attention_head_dim=64)
-    assert find_preset(find_family(tiny.transformer("wan")), SimpleNamespace(config=config)).method == "profiled"
-
-
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: f"{preset.family}-{preset.method}-{preset.width}")
-def test_presets_are_methods(preset):
-    assert fastdit.get_method(preset.method, **preset.fields).name == preset.method
-
-
-def test_published_fields_are_taken_unless_others_are_given():
-    pipe = tiny.pipeline("hunyuan_video")
-    handle = pipe.enable_sparse_attention("radial", decay=0.5)
-    assert handle.method == fastdit.get_method("radial", decay=0.5, sink=False)
-    assert handle.schedule == fastdit.Schedule(warmup_steps=0.24)
 
 
 def test_a_kernel_that_this_machine_cannot_run_is_refused_at_once(model, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fastdit.attention import get_method
 from fastdit.bench.e2e import amdahl
-from fastdit.bench.inputs.settings import default_settings, demo_preset, find_settings
+from fastdit.bench.inputs.settings import default_settings, find_settings
 from fastdit.bench.inputs.synthetic import KINDS, synthetic
 from fastdit.bench.measuring import clips
 from fastdit.bench.measuring.clips import compare_clips, flicker, lpips_distance, strip
@@ -19,11 +20,18 @@ from fastdit.bench.measuring.measure import peak_memory, reset_peak
 from fastdit.bench.methods import measure_call, method_jobs
 from fastdit.bench.report.pictures import time_pictures
 from fastdit.bench.report.result_store import Store
+from fastdit.generation.loading import outline
+from fastdit.generation.sources import find_model
 from fastdit.tokens import TokenSpec, VideoGrid
 
 TOKENS = TokenSpec(VideoGrid(6, 12, 12), 32)
 SAMPLE = synthetic(TOKENS)
 OTHER = synthetic(TOKENS, seed=1)
+
+
+@cache
+def demo() -> SimpleNamespace:
+    return outline(find_model("demo"))
 
 
 def weights() -> torch.Tensor:
@@ -62,7 +70,7 @@ def test_synthetic_is_seeded():
 
 @pytest.mark.parametrize("setting", default_settings(), ids=lambda setting: setting.name)
 def test_settings_come_near_a_density(setting):
-    method = setting.of_model(demo_preset()).at(0.4, lambda every: [OTHER])
+    method = setting.of_model(demo()).at(0.4, lambda every: [OTHER])
     row = measure_call(method, SAMPLE)
     # of so few frames radial attention keeps what it has to
     assert 0.3 < row["density"] < (0.6 if setting.method == "radial" else 0.5)
@@ -102,7 +110,9 @@ def test_padded_keys_and_queries_do_not_count():
 def test_rows_of_methods(tmp_path):
     settings = find_settings(["draft-4x4x4", "sla"], means=True)
     assert [s.name for s in settings] == ["draft-4x4x4", "draft-4x4x4+mean", "sla", "sla+mean"]
-    jobs = method_jobs("made up", lambda: [SAMPLE], lambda: [OTHER], settings, densities=(0.3,), about={"x": 1})
+    jobs = method_jobs(
+        "made up", lambda: [SAMPLE], lambda: [OTHER], settings, densities=(0.3,), about={"x": 1}, target=demo
+    )
     from fastdit.bench.jobs import run_job
 
     store = Store(tmp_path / "rows.jsonl")
@@ -117,7 +127,9 @@ def test_rows_of_methods(tmp_path):
 
 def test_fixed_settings_run_once():
     settings = find_settings(["sla", "sla(density=0.3)", "default"])
-    jobs = method_jobs("made up", lambda: [SAMPLE], lambda: [OTHER], settings, densities=(0.2, 0.4), about={})
+    jobs = method_jobs(
+        "made up", lambda: [SAMPLE], lambda: [OTHER], settings, densities=(0.2, 0.4), about={}, target=demo
+    )
     assert {job.name: job.parts for job in jobs} == {
         "made up @0.2": ("sla", "default"),
         "made up @0.4": ("sla", "default"),

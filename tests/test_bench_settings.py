@@ -17,16 +17,15 @@ from fastdit.bench.inputs.capture import some_layers
 from fastdit.bench.inputs.density_matching import at_density, radial_fields
 from fastdit.bench.inputs.problems import PROBLEMS, find_problems
 from fastdit.bench.inputs.settings import (
+    DEFAULT_METHODS,
     SEARCH,
     default_settings,
-    demo_preset,
     find_settings,
-    preset_of,
     settings_by_part,
 )
 from fastdit.bench.inputs.synthetic import synthetic
 from fastdit.bench.methods import measure_call
-from fastdit.bench.random_models import problem_preset
+from fastdit.bench.random_models import MODELS, problem_outline
 from fastdit.bench.report.ranking import winners
 from fastdit.search.candidates import SPARSE_VDIT as MODES
 from fastdit.tokens import TokenSpec, VideoGrid
@@ -57,17 +56,27 @@ def test_default_is_what_a_pipeline_gets():
     assert setting.describe(asked.method, asked.schedule)["method"] == "profiled"
     changed = find("default(warmup_steps=3, density=0.4)").enable(pipe, None, None)
     assert changed.schedule == replace(users.schedule, warmup_steps=3) and changed.method.density == 0.4
-    assert preset_of(pipe) == demo_preset()
 
 
 def test_default_on_single_calls():
-    assert find("sla").of_model(demo_preset()) == find("sla")
-    fourteen = problem_preset(PROBLEMS["wan-14b-720p"])
-    assert (fourteen.method, fourteen.fields["density"]) == ("draft", 0.25)
-    found = find("default(refresh_steps=4, block_size=32)").of_model(demo_preset())
-    assert found.method == "profiled" and found.fields == {"compensate": "mean", "block_size": 32}
-    assert found.schedule == replace(demo_preset().schedule, refresh_steps=4)
-    assert problem_preset(find_problems(["2x4x4/1x32"])[0]) == demo_preset()
+    demo, fourteen = (problem_outline(PROBLEMS[name]) for name in ("demo", "wan-14b-720p"))
+    assert find("sla").of_model(demo) == find("sla")
+    assert find("default").of_model(fourteen).method == "draft" and not find("default").of_model(fourteen).is_fixed
+    found = find("default(refresh_steps=4, block_size=32)").of_model(demo)
+    users = fastdit.choose(demo, block_size=32)
+    method = users.methods["transformer"]
+    assert found.method == method.name == "profiled" and "density" not in found.fields
+    assert get_method("profiled", density=method.density, **found.fields) == method
+    assert found.schedule == replace(users.schedule, refresh_steps=4)
+    assert find("default(density=0.3)").of_model(demo).fields["density"] == 0.3
+    assert problem_outline(find_problems(["2x4x4/1x32"])[0]).transformer.config == demo.transformer.config
+
+
+def test_every_default_takes_the_fields_of_a_default():
+    models = [problem_outline(problem) for name, problem in PROBLEMS.items() if name.startswith(("demo", *MODELS))]
+    assert {choose.name for model in models for choose in fastdit.choose(model, density=0.2).methods.values()} == set(
+        DEFAULT_METHODS
+    )
 
 
 def test_settings_are_read():

@@ -308,11 +308,5 @@ def test_the_demo_comes_with_a_plan_that_fields_replace():
     assert fastdit.enable_sparse_attention(pipe.transformer).method.name == "profiled"
 
 
-def test_a_plan_that_does_not_know_the_second_transformer_is_not_taken():
-    pipe = load_pipeline()
-    pipe.transformer_2 = copy.deepcopy(pipe.transformer)
-    assert pipe.enable_sparse_attention().method.name == "profiled"
-
-
 def test_no_plan_comes_with_other_models():
     assert find_shipped_plan("0" * 16) is None

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionMethod, MethodState
-from ..defaults import Preset
 from ..search.scoring import head_density, known_pattern, sampled_recall
-from .inputs.settings import Setting, demo_preset
+from .inputs.settings import Setting
 from .inputs.synthetic import Sample
 from .jobs import Job, Outcome
 from .report.result_store import Row
@@ -30,7 +29,7 @@ def method_jobs(
     *,
     densities: Sequence[float],
     about: dict[str, Any],
-    preset: Callable[[], Preset] = demo_preset,
+    target: Callable[[], Any],
     seconds: float | None = None,
 ) -> list[Job]:
     """Make a job for each density, and one for settings that say it themselves: each on every call of a source.
@@ -42,11 +41,11 @@ def method_jobs(
         settings: The settings.
         densities: Fractions of the pairs, each in (0, 1].
         about: What rows say of the source.
-        preset: Finds what the default is on calls of this source.
+        target: Makes the model of the calls, or its outline, which decides what the default is.
         seconds: Estimate of one setting at density 1; ``None``: no estimate.
     """
     shared = cache(lambda: (measured(), calibration()))
-    found = cache(preset)
+    model = cache(target)
 
     def job(chosen: Sequence[Setting], density: float | None) -> Job:
         parts = {setting.name: setting for setting in chosen}
@@ -54,7 +53,7 @@ def method_jobs(
             "methods",
             source if density is None else f"{source} @{density:g}",
             tuple(parts),
-            partial(_measure, shared, found, parts, density),
+            partial(_measure, shared, model, parts, density),
             None if seconds is None else seconds * len(parts) * (1 + (density or 0.0)),
             {"source": source, "asked": density, **about},
             len(parts),
@@ -69,7 +68,7 @@ def method_jobs(
 @torch.no_grad()
 def _measure(
     shared: Callable[[], tuple[Sequence[Sample], Sequence[Sample]]],
-    preset: Callable[[], Preset],
+    target: Callable[[], Any],
     parts: dict[str, Setting],
     density: float | None,
     todo: Collection[str],
@@ -78,7 +77,7 @@ def _measure(
     outcome = Outcome()
     measured, calibration = shared()
     for part in todo:
-        setting = parts[part].of_model(preset())
+        setting = parts[part].of_model(target())
         method = setting.at(density, lambda _: calibration)
         if not isinstance(method, AttentionMethod):
             outcome.absent[part] = method if isinstance(method, str) else "a plan is for a whole model"

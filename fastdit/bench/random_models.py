@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..api import SparseAttention
-from ..defaults import Preset
+from ..generation.loading import outline
+from ..generation.sources import DEMO, find_model
 from ..schedule import Schedule
 from .e2e import Subject, Timing
 from .inputs.capture import capture, middle_layer
 from .inputs.problems import Problem
-from .inputs.settings import demo_preset, preset_of
 from .inputs.synthetic import Sample
 
 _WAN = {
@@ -146,14 +147,16 @@ def model_of(problem: Problem) -> RandomModel | None:
     return MODELS[max(found, key=len)] if found else None
 
 
-def problem_preset(problem: Problem) -> Preset:
-    """Return the preset of the model that a problem is of; that of the demo, if it is of none.
+def problem_outline(problem: Problem) -> SimpleNamespace:
+    """Return an outline of the model that a problem is of; that of the demo, if it is of none.
 
     Args:
         problem: The problem.
     """
     model = model_of(problem)
-    return demo_preset() if model is None else preset_of(model.make("meta", {"num_layers": 1}))
+    if model is None:
+        return outline(find_model(DEMO))
+    return SimpleNamespace(transformer=model.make("meta", {"num_layers": 1}))
 
 
 @dataclass(eq=False)

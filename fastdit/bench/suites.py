@@ -15,7 +15,7 @@ from .conditions import Conditions
 from .e2e import e2e_jobs
 from .inputs.capture import capture, middle_layer
 from .inputs.problems import Problem, find_problems
-from .inputs.settings import DEFAULT, Setting, find_settings, preset_of
+from .inputs.settings import DEFAULT, Setting, find_settings
 from .inputs.synthetic import KINDS, Sample, synthetic
 from .jobs import Job
 from .kernels import kernel_jobs
@@ -24,7 +24,7 @@ from .measuring.measure import throughput
 from .methods import method_jobs
 from .model import REST, Model, open_studio, open_subject
 from .quality import quality_jobs
-from .random_models import MODELS, model_of, problem_preset, random_subject
+from .random_models import MODELS, model_of, problem_outline, random_subject
 
 MATCHING = 4
 """Dense calls that matching a density takes, about."""
@@ -115,7 +115,7 @@ def build_methods(
             settings,
             densities=densities,
             about={"problem": problem.describe()},
-            preset=partial(problem_preset, problem),
+            target=partial(problem_outline, problem),
             seconds=seconds,
         )
     if model is not None:
@@ -146,7 +146,7 @@ def _captured(
         settings,
         densities=densities,
         about={"model": model.label, "prompt": prompts[0], **model.about()},
-        preset=lambda: preset_of(studio().pipeline),
+        target=lambda: studio().pipeline,
         seconds=None if seconds is None else seconds / 50,
     )
 

@@ -10,20 +10,58 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..generation.errors import InputError
+from ..generation.errors import InputError, as_input_error
 from .console import NOT_MEASURED, Screen, add_row, guarded, plain_table
 
 
 @guarded
 def info(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Show what this model runs by default, and why: demo, a folder, or a hub id.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write it to stdout as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
 ) -> None:
     """Show versions, devices, kernels and why they cannot run, model families, and methods with their fields."""
     screen = Screen(as_json=as_json)
     with screen.working():
-        value = _collect()
-    screen.result(value, *_tables(value))
+        value = _collect() if model is None else _defaults(model)
+    screen.result(value, *(_tables(value) if model is None else [_default_table(value)]))
+
+
+def _defaults(model: str) -> dict[str, Any]:
+    from ..defaults import choose
+    from ..generation.loading import outline, quiet_libraries
+    from ..generation.sources import find_model
+
+    with quiet_libraries(), as_input_error():
+        choice = choose(outline(find_model(model)))
+    return {
+        "model": model,
+        "methods": {title: {"name": method.name, **method.describe()} for title, method in choice.methods.items()},
+        "schedule": dataclasses.asdict(choice.schedule),
+        "precision": choice.precision,
+        "reason": choice.reason,
+        "source": choice.source,
+    }
+
+
+def _default_table(value: dict[str, Any]) -> Table:
+    table = plain_table(value["model"], "setting", "value", numbers=False)
+    for title, method in {**value["methods"], "schedule": {"name": "", **value["schedule"]}}.items():
+        add_row(table, title, method["name"])
+        for field, setting in method.items():
+            if field == "name":
+                continue
+            # of a plan: the share of every method
+            shares = [f"{share:.1%} {label}" for label, share in setting.items()] if type(setting) is dict else None
+            add_row(table, f"  {field}", "\n".join(shares) if shares else str(setting))
+    for name in ("precision", "reason", "source"):
+        add_row(table, name, value[name] or "that of the model")
+    return table
 
 
 def _collect() -> dict[str, Any]:

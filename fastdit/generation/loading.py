@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
@@ -127,6 +128,8 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
     Raises:
         InputError: The weights are damaged, missing or of another model.
     """
+    from ..pipelines.targets import find_transformers
+
     pipeline = _read_weights(source, dtype)
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
@@ -138,7 +141,7 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
         pipeline.enable_group_offload(torch.device(device), offload_type="leaf_level")
     else:
         pipeline.to(device)
-    for transformer in transformers_of(pipeline) if compiled else []:
+    for transformer in find_transformers(pipeline).values() if compiled else ():
         if getattr(transformer, "_repeated_blocks", None):
             transformer.compile_repeated_blocks()
         else:
@@ -146,14 +149,36 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
     return pipeline
 
 
-def transformers_of(pipeline: Any) -> list[Any]:
-    """Return the transformers of a pipeline, one or two.
+def outline(source: ModelSource) -> SimpleNamespace:
+    """Make the transformers of a pipeline on the meta device, from their configurations alone.
 
     Args:
-        pipeline: The pipeline.
+        source: Where the pipeline is.
+
+    Returns:
+        ``transformer``, and ``transformer_2`` where there is one, as attributes.
+
+    Raises:
+        InputError: A configuration is missing or damaged.
     """
-    both = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in both if transformer is not None]
+    import diffusers
+    import torch
+
+    from ..demo import WEIGHTS
+
+    place, found = source.place or WEIGHTS, SimpleNamespace()
+    try:
+        index: Any = diffusers.DiffusionPipeline.load_config(place, local_files_only=source.local)
+        for title in ("transformer", "transformer_2"):
+            _, name = index.get(title) or (None, None)
+            if name is not None:
+                cls = getattr(diffusers, name)
+                config = cls.load_config(place, subfolder=title, local_files_only=source.local)
+                with torch.device("meta"):
+                    setattr(found, title, cls.from_config(config))
+    except Exception as error:
+        raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
+    return found
 
 
 def _read_weights(source: ModelSource, dtype: torch.dtype) -> Any:

@@ -49,11 +49,9 @@ class Settings:
             InputError: The model is not supported, or a value does not suit it.
         """
         from ..api import enable_sparse_attention
+        from ..defaults import choose
 
         how = {"kernel": self.kernel, "precision": self.precision}
         with as_input_error():
-            handle = enable_sparse_attention(pipeline, self.method, **how, **self.fields)
-            if not self.schedule:
-                return handle
-            schedule = replace(handle.schedule, **self.schedule)
+            schedule = replace(choose(pipeline, self.method, **self.fields).schedule, **self.schedule)
             return enable_sparse_attention(pipeline, self.method, schedule=schedule, **how, **self.fields)

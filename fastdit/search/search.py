@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import Module
 
 from ..attention import AttentionMethod
-from ..defaults import find_preset
+from ..defaults import choose
 from ..pipelines.families.family import find_family
 from ..pipelines.targets import require_transformers
 from ..plans.plan import Plan, TransformerPlan, config_hash
@@ -190,10 +190,7 @@ def default_sampling(pipeline: Any, preset: str | None = None, *, limited: bool 
     Raises:
         ValueError: Its model is of no family that is known.
     """
-    transformers = require_transformers(pipeline)
-    transformer = next(iter(transformers.values()))
-    schedule = find_preset(find_family(transformer), transformer, None, len(transformers)).schedule
-    sampling = Sampling(replace(schedule, dense_layers=()))
+    sampling = Sampling(replace(choose(pipeline).schedule, dense_layers=()))
     # the table of that paper has no axis of steps
     return replace(sampling, buckets=1, per_bucket=3) if preset == "sparse-vdit" and not limited else sampling
 

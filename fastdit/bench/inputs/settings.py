@@ -9,9 +9,7 @@ from typing import Any
 
 from ...api import SparseAttention, enable_sparse_attention
 from ...attention import AttentionMethod, BlockMethod, get_method, list_methods, method_class
-from ...defaults import PRESETS, Preset, find_preset
-from ...pipelines import find_family
-from ...pipelines.targets import require_transformers
+from ...defaults import choose
 from ...plans.plan import Plan
 from ...schedule import Schedule
 from ...search.candidates import SPARSE_VDIT as MODES
@@ -22,6 +20,9 @@ from .synthetic import Sample
 PLAN = "plan"
 DEFAULT = "default"
 """Named as a method here: what ``enable_sparse_attention`` gives the model at hand where no method is named."""
+
+DEFAULT_METHODS = ("draft", "profiled")
+"""The methods that ``default`` can be where fields are given, so that no plan is chosen."""
 
 WARMUP = 0.3
 EVERY_STEP = Schedule(warmup_steps=WARMUP)
@@ -99,22 +100,22 @@ class Setting:
             return enable_sparse_attention(target, method, schedule=self.schedule)
         of_schedule, given = _apart(self.fields)
         given |= {} if density is None else {"density": density}
-        handle = enable_sparse_attention(target, **given)
-        if not of_schedule:
-            return handle
-        return enable_sparse_attention(target, schedule=replace(handle.schedule, **of_schedule), **given)
+        schedule = replace(choose(target, **given).schedule, **of_schedule)
+        return enable_sparse_attention(target, schedule=schedule, **given)
 
-    def of_model(self, preset: Preset) -> Setting:
-        """Return what it is on single calls of a model: the default becomes the method of its preset.
+    def of_model(self, target: Any) -> Setting:
+        """Return the setting for single calls of a model, on which the default is a method and never a plan.
 
         Args:
-            preset: Of the model.
+            target: The pipeline, of which the configuration is enough.
         """
         if self.method != DEFAULT:
             return self
         of_schedule, given = _apart(self.fields)
-        found = {name: value for name, value in preset.fields.items() if name != "density"}
-        return Setting(self.name, preset.method, found | given, replace(preset.schedule, **of_schedule))
+        choice = choose(target, **{"density": 1.0, **given})  # with a field of its own no plan is chosen
+        method = choice.methods["transformer"]
+        found = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "density" or f.name in given}
+        return Setting(self.name, method.name, found, replace(choice.schedule, **of_schedule))
 
     def describe(self, method: AttentionMethod, schedule: Schedule | None) -> dict[str, Any]:
         """Return what rows say of it, as JSON values.
@@ -187,21 +188,6 @@ def default_settings() -> list[Setting]:
     return sorted([*methods, *more], key=lambda setting: setting.name)
 
 
-def demo_preset() -> Preset:
-    """Return the preset that the demo has where it does not take its plan."""
-    return next(preset for preset in PRESETS if preset.family == "wan" and not preset.width)
-
-
-def preset_of(target: Any) -> Preset:
-    """Return the preset of a model: what ``enable_sparse_attention`` takes where no plan comes with it.
-
-    Args:
-        target: A pipeline or a transformer.
-    """
-    transformers = list(require_transformers(target).values())
-    return find_preset(find_family(transformers[0]), transformers[0], None, len(transformers))
-
-
 def find_settings(texts: Iterable[str] | None, *, means: bool = False) -> list[Setting]:
     """Return settings from what a user says of them.
 
@@ -253,13 +239,9 @@ def _apart(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_default(given: dict[str, Any]) -> None:
-    """Refuse what no model's default can take; which it is, the model at hand decides."""
-    for method in dict.fromkeys(preset.method for preset in (demo_preset(), PRESETS[0])):
-        known = {f.name for f in fields(method_class(method))}
-        if set(given) <= known:
-            get_method(method, **given)
-            return
-    get_method(PRESETS[0].method, **given)
+    """Reject fields that no model's default method takes; the model at hand decides which method that is."""
+    takes = [name for name in DEFAULT_METHODS if set(given) <= {f.name for f in fields(method_class(name))}]
+    get_method((takes or DEFAULT_METHODS)[0], **given)
 
 
 def _with_means(setting: Setting) -> list[Setting]:
