@@ -11,6 +11,7 @@ T = TypeVar("T")
 
 MAX_NUMBER = 1e15
 """Largest number that is read."""
+_OBJECT = ("dataclass_type", "dict_type", "model_type")
 
 
 class Part(BaseModel):
@@ -48,20 +49,22 @@ def describe_error(error: ValidationError, place: str = "") -> str:
         place: Where the validated value is; empty for the whole file.
     """
     fault = error.errors(include_url=False)[0]
+    kind = fault["type"]
     for part in fault["loc"]:
         if part != "[key]":  # a key is shown as the value that was received
             place = join(place, part)
-    if fault["type"] == "missing":
+    if kind == "missing":
         text = " is missing"
-    elif fault["type"] == "extra_forbidden":
+    elif kind == "extra_forbidden":
         text = " is unknown; remove it"
-    elif fault["type"] == "value_error":
+    elif kind == "value_error":
         text = str(fault.get("ctx", {})["error"])
     else:
-        expected = {"model_type": "must be an object", "tuple_type": "must be a list"}.get(fault["type"])
-        expected = expected or re.sub(r"^\w+ should", "must", fault["msg"]).partition(" after validation")[0]
+        expected = re.sub(r"^\w+ should", "must", fault["msg"]).partition(" after validation")[0]
+        expected = {"tuple_type": "must be a list", **dict.fromkeys(_OBJECT, "must be an object")}.get(kind, expected)
         text = f" {expected}, got {shown(fault['input'])}"
-    return f"{place}{text}".removeprefix(".")
+    text = f"{place}{text}"
+    return f"it{text}" if text.startswith(" ") else text.removeprefix(".")
 
 
 def join(place: str, part: object) -> str:

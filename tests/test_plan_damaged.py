@@ -94,7 +94,7 @@ DAMAGED = {
     ),
     "bucket is text": (at("buckets", 0, to="0.4"), "buckets[0] must be a valid number, got '0.4'"),
     "no transformers": (at("transformers", to={}), "transformers must have at least 1 item, got an object of 0"),
-    "transformers listed": (at("transformers", to=[]), "transformers must be a valid dictionary, got a list of 0"),
+    "transformers listed": (at("transformers", to=[]), "transformers must be an object, got a list of 0"),
     "odd title": (at("transformers", "../x", to={}), "transformers.../x must match pattern '^[a-z]"),
     "choice out of range": (
         at(*MODEL, "choices", 0, 1, 1, to=3),
