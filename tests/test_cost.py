@@ -109,7 +109,14 @@ def test_a_record_can_be_read_again(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(known.record(), allow_nan=False))
     assert CostModel.load(path) == known
-    for wrong in ("{", "[]", "{}", json.dumps({**known.record(), "version": 99}), '{"version": 1, "speed": 3}'):
+    for wrong in (
+        "{",
+        "[]",
+        "{}",
+        json.dumps({**known.record(), "version": 99}),
+        json.dumps({**known.record(), "heads": "2"}),
+        '{"version": 1, "speed": 3}',
+    ):
         path.write_text(wrong)
         with pytest.raises(ValueError, match=r"cannot read a cost model from .*gpu\.json"):
             CostModel.load(path)
@@ -121,7 +128,7 @@ def test_a_plan_brings_its_cost_model(tmp_path):
     known = model(*(timing(m, m.density) for m in CANDIDATES[1:]))
     some_plan(SMALL, cost_model=known.record()).save(tmp_path / "plan.json")
     assert CostModel.load(tmp_path / "plan.json") == known
-    for shipped in Path(plan.__file__).with_name("plans").glob("*.json"):
+    for shipped in Path(plan.__file__).with_name("data").glob("*.json"):
         assert CostModel.load(shipped).timings[0].candidate["method"] == "dense"
     some_plan(SMALL, cost_model={}).save(tmp_path / "none.json")
     with pytest.raises(ValueError, match=r"none\.json: it is no cost model.*give a plan, or a cost-\*\.json"):

@@ -55,7 +55,7 @@ def test_values_of_another_type_are_refused(name, field, kind):
 
 @pytest.mark.parametrize(("name", "field", "kind"), [of for of in FIELDS if of[2] is bool], ids=str)
 def test_plans_and_flags(name, field, kind, tmp_path):
-    file = next((pathlib.Path(fastdit.__file__).parent / "search" / "plans").glob("*.json"))
+    file = next((pathlib.Path(fastdit.__file__).parent / "plans" / "data").glob("*.json"))
     plan = json.loads(file.read_text())
     plan["candidates"].append({"method": name, "fields": get_method(name).describe() | {field: "false"}})
     path = tmp_path / "plan.json"

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     {"tokens", "schedule", "metrics"},
-    {"files", "environment"},
+    {"files", "environment", "validation"},
     {"token_orders"},
     {"layout", "mask"},
     {"attention.kernels"},

@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
 from ..attention import AttentionMethod
 from ..attention.kernels.dispatch import list_precisions
 from ..attention.per_head.table import Table
 from ..environment import installed_version
 from ..files import moved_when_complete
-from ..schedule import Schedule, check_edges
+from ..schedule import Schedule
 from ..tokens import TokenSpec, VideoGrid
-from .schema import MAX_NUMBER, Item, PlanError, read_json, shown, write_json
-from .stored_methods import method_from_json, method_to_json
+from ..validation import Fraction, Listed, NonEmpty, Number, Part, Positive, Size, Text, Whole, shown
+from .schema import PlanError, check_plain, read_json, validated, write_json
+from .stored_methods import StoredMethod, method_from_json, method_to_json
 
 SCHEMA = 1
 """Version of the file; a change that older versions cannot read counts it up."""
 
-_TITLE = r"[a-z][a-z0-9_]{0,63}"
-_NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,127}"
-_CELLS = {"errors": (0.0, MAX_NUMBER), "densities": (0.0, 1.0), "seconds": (0.0, MAX_NUMBER)}
-_SAMPLED = {"error_means": (0.0, MAX_NUMBER), "error_stds": (0.0, MAX_NUMBER), "recalls": (0.0, 1.0)}
-_RUN = ("steps", "scheduler", "guidance", "prompts", "precision")
 _STORAGE = ("quantization_config", "dtype", "torch_dtype")
-_EXPECTED = ("density", "speedup", "error")
-_ENTRIES = (
-    "buckets",
-    "transformers",
-    "video",
-    "run",
-    "schedule",
-    "expected",
-    "curve",
-    "curve_unit",
-    "cost_model",
-    "fastdit",
-)
+_CELLS = ("errors", "densities", "seconds", "error_means", "error_stds", "recalls")
+
+_ClassName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")]
+_Title = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerPlan:
-    """Hold what a search found for one transformer, for each step bucket, layer and head.
+class TransformerPlan(Part):
+    """What a search found for one transformer, for each step bucket, layer and head.
 
     Args:
         model_class: Name of its class.
@@ -62,35 +51,101 @@ class TransformerPlan:
             ``errors`` is an upper quantile, at least 0; empty if unknown, like the next two.
         error_stds: ``(buckets, layers, heads)`` standard deviation of it, likewise.
         recalls: ``(buckets, layers, heads)`` mean attention mass covered, in [0, 1]; ``None`` where it is unknown.
+        layers: Self-attention layers, at least 1; default: those of ``choices``.
+        heads: Heads of a layer, at least 1; default: those of ``choices``.
+
+    Raises:
+        ValueError: A value is none of these.
     """
 
-    model_class: str
-    config_hash: str
-    head_dim: int
-    choices: Sequence[Sequence[Sequence[int]]]
-    errors: Sequence[Sequence[Sequence[float]]]
-    densities: Sequence[Sequence[Sequence[float]]]
-    seconds: Sequence[Sequence[Sequence[float]]]
-    frame_mass: Sequence[Sequence[Sequence[float]]] = ()
-    error_means: Sequence[Sequence[Sequence[float]]] = ()
-    error_stds: Sequence[Sequence[Sequence[float]]] = ()
-    recalls: Sequence[Sequence[Sequence[float | None]]] = ()
+    model_class: _ClassName
+    config_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    head_dim: Size
+    choices: NonEmpty[NonEmpty[NonEmpty[Whole]]]
+    errors: Listed[Listed[Listed[Positive]]]
+    densities: Listed[Listed[Listed[Fraction]]]
+    seconds: Listed[Listed[Listed[Positive]]]
+    frame_mass: Listed[Listed[Listed[Fraction]]] = ()
+    error_means: Listed[Listed[Listed[Positive]]] = ()
+    error_stds: Listed[Listed[Listed[Positive]]] = ()
+    recalls: Listed[Listed[Listed[Fraction | None]]] = ()
+    layers: Size = Field(default_factory=lambda known: len(known["choices"][0]))
+    heads: Size = Field(default_factory=lambda known: len(known["choices"][0][0]))
 
-    def __post_init__(self) -> None:
-        for name in ("choices", *_CELLS, *_SAMPLED, "frame_mass"):
-            value = getattr(self, name)
-            if hasattr(value, "tolist"):
-                object.__setattr__(self, name, value.tolist())
 
-    @property
-    def layers(self) -> int:
-        """Count the self-attention layers."""
-        return len(self.choices[0]) if self.choices else 0
+class _Video(Part):
+    grid: Annotated[tuple[Size, Size, Size], Strict(False)]
+    text_tokens: Whole
+    text_first: bool
 
-    @property
-    def heads(self) -> int:
-        """Count the heads of a layer."""
-        return len(self.choices[0][0]) if self.layers else 0
+
+class _Run(Part):
+    steps: Size
+    scheduler: _ClassName
+    guidance: Number | None
+    prompts: Listed[Text]
+    precision: Text | None
+
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, value: str | None) -> str | None:
+        if value not in (None, *list_precisions()):
+            raise ValueError(f" must be null or one of {', '.join(list_precisions())}, got {shown(value)}")
+        return value
+
+
+class _Expected(Part):
+    density: Fraction
+    speedup: Positive
+    error: Positive
+
+
+def _make_schedule(values: Any) -> Any:
+    try:
+        return Schedule(**values) if isinstance(values, dict) else values
+    except (ValueError, TypeError) as error:
+        raise ValueError(f" makes no sense: {error}") from error
+
+
+class _Contents(Part):
+    """What a file has beside its version and the candidates."""
+
+    buckets: NonEmpty[Fraction]
+    transformers: Annotated[dict[_Title, TransformerPlan], Field(min_length=1)]
+    video: _Video
+    run: _Run
+    schedule: Annotated[Schedule, BeforeValidator(_make_schedule)]
+    expected: _Expected
+    curve: Listed[Annotated[tuple[Positive, Positive], Strict(False)]]
+    curve_unit: Literal["density", "seconds"]
+    cost_model: dict[str, Any]
+    fastdit: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+_-]{1,64}$")]
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> _Contents:
+        check_plain(self.cost_model, ".cost_model", 8)
+        if self.buckets[-1] != 1 or any(a >= b for a, b in itertools.pairwise((0, *self.buckets))):
+            raise ValueError(f".buckets must be fractions of the run, ascending to 1, got {self.buckets}")
+        for title, found in self.transformers.items():
+            place, shape = f".transformers.{title}", (len(self.buckets), found.layers, found.heads)
+            for name in ("choices", *_CELLS):
+                if getattr(found, name) != TransformerPlan.model_fields[name].default:
+                    _check_shape(getattr(found, name), shape, f"{place}.{name}")
+            if found.frame_mass:
+                _check_shape(found.frame_mass, (*shape[1:], self.video.grid[0]), f"{place}.frame_mass")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as arguments of a plan."""
+        values = dict(self)
+        video, run, expected = (values.pop(name) for name in ("video", "run", "expected"))
+        tokens = TokenSpec(VideoGrid(*video.grid), video.text_tokens, video.text_first)
+        return {**values, **dict(run), **dict(expected), "tokens": tokens}
+
+
+class _File(_Contents):
+    fastdit_plan: int
+    candidates: NonEmpty[StoredMethod]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -148,8 +203,15 @@ class Plan:
         if not candidates or candidates[0].name != "dense":
             raise PlanError(f"candidates[0] must be dense, got {candidates[0].name if candidates else 'none at all'}")
         object.__setattr__(self, "candidates", candidates)
-        for name, value in _read(Item(self._values()), len(candidates)).items():
+        for name, value in self._contents().arguments().items():
             object.__setattr__(self, name, value)
+        for title, found in self.transformers.items():
+            for place, index in np.ndenumerate(found.choices):
+                if index >= len(candidates):
+                    place = f"transformers.{title}.choices{''.join(f'[{i}]' for i in place)}"
+                    raise PlanError(
+                        f"{place} must be less than {len(candidates)}, the number of candidates, got {index}"
+                    )
 
     def method(self, title: str) -> Table:
         """Return the method that runs the plan on a transformer.
@@ -162,7 +224,7 @@ class Plan:
         """
         if title not in self.transformers:
             raise PlanError(f"the plan has nothing for {shown(title)}; it has: {', '.join(sorted(self.transformers))}")
-        return Table(edges=self.buckets, methods=self.candidates, choices=_tuples(self.transformers[title].choices))
+        return Table(edges=self.buckets, methods=self.candidates, choices=self.transformers[title].choices)
 
     def fits(self, title: str, *, model_class: str, config_hash: str, layers: int, heads: int) -> str | None:
         """Say why the plan does not fit a transformer, or return ``None`` if it does.
@@ -215,10 +277,13 @@ class Plan:
                 raise PlanError(
                     f"it is a plan of version {shown(found)}, and this fastdit reads {SCHEMA}; search again"
                 )
-            values = {name: value for name, value in values.items() if name != "fastdit_plan"}
-            listed = Item(values.pop("candidates", None), "candidates").items(least=1)
-            candidates = tuple(method_from_json(item, path.parent) for item in listed)
-            return cls(candidates=candidates, **_read(Item(values), len(candidates)))
+            arguments = validated(_File, values).arguments()
+            del arguments["fastdit_plan"]
+            arguments["candidates"] = tuple(
+                method_from_json(stored, f"candidates[{index}]", path.parent)
+                for index, stored in enumerate(arguments["candidates"])
+            )
+            return cls(**arguments)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 
@@ -234,41 +299,37 @@ class Plan:
         path = Path(path)
         if path.suffix.lower() != ".json":
             raise PlanError(f"a plan is saved to a file that ends in .json, got {shown(path.name)}")
-        values = self._values()
-        values["candidates"] = [
+        candidates = [
             method_to_json(method, f"candidates[{index}]", path) for index, method in enumerate(self.candidates)
         ]
+        values = {"fastdit_plan": SCHEMA, "candidates": candidates, **self._contents().model_dump()}
         with moved_when_complete(path) as part:
-            part.write_text(write_json({"fastdit_plan": SCHEMA, **values}), encoding="utf-8", newline="\n")
+            part.write_text(write_json(values), encoding="utf-8", newline="\n")
 
-    def _values(self) -> dict[str, Any]:
-        """Return everything but the candidates as the file has it."""
-        transformers = {
-            title: {**vars(found), "layers": found.layers, "heads": found.heads}
-            for title, found in self.transformers.items()
+    def _contents(self) -> _Contents:
+        values = {name: getattr(self, name, None) for name in _Contents.model_fields}
+        values["video"] = {
+            "grid": self.tokens.grid.shape,
+            "text_tokens": self.tokens.text_tokens,
+            "text_first": self.tokens.text_first,
         }
-        return {
-            "buckets": self.buckets,
-            "transformers": transformers,
-            "video": {
-                "grid": self.tokens.grid.shape,
-                "text_tokens": self.tokens.text_tokens,
-                "text_first": self.tokens.text_first,
-            },
-            "run": {name: getattr(self, name) for name in _RUN},
-            "schedule": dataclasses.asdict(self.schedule),
-            "expected": {name: getattr(self, name) for name in _EXPECTED},
-            "curve": self.curve,
-            "curve_unit": self.curve_unit,
-            "cost_model": self.cost_model,
-            "fastdit": self.fastdit,
-        }
+        values["run"] = {name: getattr(self, name) for name in _Run.model_fields}
+        values["expected"] = {name: getattr(self, name) for name in _Expected.model_fields}
+        return validated(_Contents, values)
 
     def __repr__(self) -> str:
         return (
             f"Plan(density {self.density:g}, speedup {self.speedup:g}, {len(self.buckets)} buckets, "
             f"{len(self.candidates)} candidates, {', '.join(sorted(self.transformers))})"
         )
+
+
+def _check_shape(values: Any, shape: Sequence[int], place: str) -> None:
+    if len(values) != shape[0]:
+        raise ValueError(f"{place} must be a list of {shape[0]}, got a list of {len(values)}")
+    if len(shape) > 1:
+        for index, value in enumerate(values):
+            _check_shape(value, shape[1:], f"{place}[{index}]")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -286,96 +347,3 @@ def config_hash(config: Mapping[str, Any]) -> str:
         if not name.startswith("_") and name not in _STORAGE and value is not None and value is not False
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _read(plan: Item, candidates: int) -> dict[str, Any]:
-    """Check everything but the candidates, and return it as arguments of a plan."""
-    entries = plan.entries(_ENTRIES)
-    buckets = tuple(item.number(0, 1) for item in entries["buckets"].items(least=1))
-    try:
-        check_edges(buckets)
-    except ValueError:
-        entries["buckets"].fail("fractions of the run, ascending to 1")
-    tokens, transformers = _read_tokens(entries["video"]), {}
-    for title, item in entries["transformers"].entries().items():
-        Item(title, f"the name {shown(title)} in transformers").text(_TITLE, called="a name like transformer_2")
-        transformers[title] = _read_transformer(item, len(buckets), candidates, tokens.grid.frames)
-    if not transformers:
-        entries["transformers"].fail("at least one transformer")
-    run, expected = entries["run"].entries(_RUN), entries["expected"].entries(_EXPECTED)
-    precision = run["precision"].value
-    if precision is not None and precision not in list_precisions():
-        run["precision"].fail(f"null or one of {', '.join(list_precisions())}")
-    curve = [pair.items(2) for pair in entries["curve"].items()]
-    return {
-        "buckets": buckets,
-        "transformers": transformers,
-        "tokens": tokens,
-        "steps": run["steps"].integer(1, 100_000),
-        "scheduler": run["scheduler"].text(_NAME, called="the name of a class"),
-        "guidance": None if run["guidance"].value is None else run["guidance"].number(),
-        "prompts": tuple(item.text() for item in run["prompts"].items()),
-        "schedule": _read_schedule(entries["schedule"]),
-        "density": expected["density"].number(0, 1),
-        "speedup": expected["speedup"].number(0),
-        "error": expected["error"].number(0),
-        "curve": tuple((cost.number(0), error.number(0)) for cost, error in curve),
-        "curve_unit": entries["curve_unit"].text("density|seconds", called="density or seconds"),
-        "cost_model": {name: item.plain() for name, item in entries["cost_model"].entries().items()},
-        "precision": precision,
-        "fastdit": entries["fastdit"].text(r"[A-Za-z0-9.+_-]{1,64}", called="a version"),
-    }
-
-
-def _read_transformer(item: Item, buckets: int, candidates: int, frames: int) -> TransformerPlan:
-    entries = item.entries(
-        ("model_class", "config_hash", "head_dim", "layers", "heads", "choices", *_CELLS, "frame_mass"), _SAMPLED
-    )
-    layers, heads = (entries[name].integer(1, 100_000) for name in ("layers", "heads"))
-
-    def cells(name: str) -> list[list[list[Item]]]:
-        return [[row.items(heads) for row in bucket.items(layers)] for bucket in entries[name].items(buckets)]
-
-    numbers = {
-        name: _tuples([[[x.number(*limits) for x in row] for row in bucket] for bucket in cells(name)])
-        for name, limits in _CELLS.items()
-    }
-    for name, limits in _SAMPLED.items():
-        if name in entries and entries[name].value:
-            numbers[name] = _tuples(
-                [[[_known(x, limits, name) for x in row] for row in bucket] for bucket in cells(name)]
-            )
-    choices = [[[x.integer(0, candidates - 1) for x in row] for row in bucket] for bucket in cells("choices")]
-    return TransformerPlan(
-        model_class=entries["model_class"].text(_NAME, called="the name of a class"),
-        config_hash=entries["config_hash"].text(r"[0-9a-f]{8,64}", called="a hash in hexadecimal digits"),
-        head_dim=entries["head_dim"].integer(1, 100_000),
-        choices=_tuples(choices),
-        **numbers,
-        frame_mass=tuple(
-            tuple(tuple(x.number(0, 1) for x in row.items(frames)) for row in layer.items(heads))
-            for layer in entries["frame_mass"].items(layers if entries["frame_mass"].value else 0)
-        ),
-    )
-
-
-def _known(item: Item, limits: tuple[float, float], name: str) -> float | None:
-    return None if name == "recalls" and item.value is None else item.number(*limits)
-
-
-def _read_tokens(item: Item) -> TokenSpec:
-    entries = item.entries(("grid", "text_tokens", "text_first"))
-    grid = VideoGrid(*(axis.integer(1, 1_000_000) for axis in entries["grid"].items(3)))
-    return TokenSpec(grid, entries["text_tokens"].integer(0, 1_000_000), entries["text_first"].flag())
-
-
-def _read_schedule(item: Item) -> Schedule:
-    entries = item.entries([f.name for f in dataclasses.fields(Schedule)])
-    try:
-        return Schedule(**{name: entry.plain(2) for name, entry in entries.items()})
-    except (ValueError, TypeError) as error:
-        raise PlanError(f"{item.place} makes no sense: {error}") from error
-
-
-def _tuples(values: Any) -> Any:
-    return tuple(map(_tuples, values)) if isinstance(values, (list, tuple)) else values

@@ -5,18 +5,38 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..attention import AttentionMethod, get_method
 from ..attention.methods.paro.masks import ParoPlan
 from ..files import LONGEST_NAME, cut
-from .schema import Item, PlanError, shown
+from ..validation import Part, shown
+from .schema import PlanError, check_plain, validated
 
-NAME = r"[a-z][a-z0-9_]{0,63}"
-WORD = r"[a-z0-9_]{1,32}"
+_WORD = "[a-z0-9_]{1,32}"
 """A text in a field is one of the method's options, never a path: a plan opens no file but those beside it."""
-BESIDE = r"[^/\\:.\x00][^/\\:\x00]{0,200}\.safetensors"
+_BESIDE = r"^[^/\\:.\x00][^/\\:\x00]{0,200}\.safetensors$"
+
+
+class StoredMethod(Part):
+    """A method as a plan file has it.
+
+    Args:
+        method: Its name.
+        fields: Its fields.
+    """
+
+    method: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    fields: dict[str, Any]
+
+
+class _StoredMasks(Part):
+    file: Annotated[str, Field(pattern=_BESIDE)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def method_to_json(method: AttentionMethod, place: str, path: Path) -> dict[str, Any]:
@@ -30,44 +50,37 @@ def method_to_json(method: AttentionMethod, place: str, path: Path) -> dict[str,
     Raises:
         PlanError: A field holds what no file can.
     """
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    places = {name: f"{place}.fields.{name}" for name in values}
-    fields = {
-        name: _save_masks(value, path) if isinstance(value, ParoPlan) else _read_option(Item(value, places[name]))
-        for name, value in values.items()
-    }
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    for name, value in fields.items():
+        if isinstance(value, ParoPlan):
+            fields[name] = _save_masks(value, path)
+        else:
+            check_plain(value, f"{place}.fields.{name}", 2, _WORD)
     return {"method": method.name, "fields": fields}
 
 
-def method_from_json(item: Item, folder: Path) -> AttentionMethod:
+def method_from_json(stored: StoredMethod, place: str, folder: Path) -> AttentionMethod:
     """Make a method of JSON values.
 
     Args:
-        item: The values.
+        stored: The values.
+        place: Where they are in the plan, for errors.
         folder: Where masks lie.
 
     Raises:
         PlanError: There is no such method, a value is wrong, or masks are missing or others than they were.
     """
-    entries = item.entries(("method", "fields"))
-    name = entries["method"].text(NAME, called="the name of a method")
-    fields = {
-        field: _load_masks(value, folder) if isinstance(value.value, dict) else _read_option(value)
-        for field, value in entries["fields"].entries().items()
-    }
+    fields = dict(stored.fields)
+    for name, value in fields.items():
+        where = f"{place}.fields.{name}"
+        if isinstance(value, dict):
+            fields[name] = _load_masks(validated(_StoredMasks, value, where), where, folder)
+        else:
+            check_plain(value, where, 2, _WORD)
     try:
-        return get_method(name, **fields)
+        return get_method(stored.method, **fields)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise PlanError(f"{item.place} makes no sense: {error}") from error
-
-
-def _read_option(item: Item, depth: int = 2) -> Any:
-    """Return the value of a field: a number, a word, or a tuple of these."""
-    if isinstance(item.value, (list, tuple)) and depth > 0:
-        return tuple(_read_option(inner, depth - 1) for inner in item.items())
-    if isinstance(item.value, str):
-        return item.text(WORD, called="an option, which is a word and never a path")
-    return item.plain(1)
+        raise PlanError(f"{place} makes no sense: {error}") from error
 
 
 def masks_name(path: Path, digest: str) -> str:
@@ -83,7 +96,9 @@ def masks_name(path: Path, digest: str) -> str:
     name = f"{path.stem}-{digest[:16]}.safetensors"
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise PlanError(f"the masks of the plan would be named {shown(name)}, which is too long; shorten its name")
-    return Item(name, "the file of the masks").text(BESIDE, called="a plain name; give the plan another one")
+    if re.fullmatch(_BESIDE, name) is None:
+        raise PlanError(f"the masks of the plan would be named {shown(name)}, which is no plain name; rename the plan")
+    return name
 
 
 def _save_masks(masks: ParoPlan, path: Path) -> dict[str, str]:
@@ -99,20 +114,18 @@ def _save_masks(masks: ParoPlan, path: Path) -> dict[str, str]:
     return {"file": name, "sha256": digest}
 
 
-def _load_masks(item: Item, folder: Path) -> ParoPlan:
-    entries = item.entries(("file", "sha256"))
-    file = folder / entries["file"].text(BESIDE, called="the name of a .safetensors file beside the plan")
-    expected = entries["sha256"].text(r"[0-9a-f]{64}", called="64 hexadecimal digits")
+def _load_masks(masks: _StoredMasks, place: str, folder: Path) -> ParoPlan:
+    file = folder / masks.file
     try:
         if not file.is_file():
-            raise PlanError(f"{item.place} names {file.name}, which is not beside the plan; copy it there")
-        if _digest(file) != expected:
-            raise PlanError(f"{item.place} names {file.name}, but that file has changed since the plan was written")
+            raise PlanError(f"{place} names {file.name}, which is not beside the plan; copy it there")
+        if _digest(file) != masks.sha256:
+            raise PlanError(f"{place} names {file.name}, but that file has changed since the plan was written")
         return ParoPlan.load(str(file))
     except PlanError:
         raise
     except (OSError, ValueError, ArithmeticError, RecursionError) as error:
-        raise PlanError(f"{item.place} names {file.name}, which cannot be used: {error}") from error
+        raise PlanError(f"{place} names {file.name}, which cannot be used: {error}") from error
 
 
 def _digest(file: Path) -> str:

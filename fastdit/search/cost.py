@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -21,6 +22,7 @@ from ..attention import AttentionMethod, MethodState, PatternCache
 from ..attention.methods.dense import Dense
 from ..pipelines.stats import Stopwatch
 from ..tokens import AttentionCall
+from ..validation import describe_error
 from .candidates import describe
 from .scores import Shape
 from .scoring import known_pattern, naming
@@ -179,26 +181,6 @@ class CostModel:
         return {"version": self.VERSION, **json.loads(json.dumps(asdict(self))), "kernels": lines}
 
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> CostModel:
-        """Read what ``record`` returned.
-
-        Args:
-            record: The values.
-
-        Raises:
-            ValueError: They are of another version, or damaged.
-        """
-        try:
-            if record["version"] != cls.VERSION:
-                raise ValueError(f"it has version {record['version']}, and this fastdit reads {cls.VERSION}")
-            values = {name: value for name, value in record.items() if name not in ("version", "kernels")}
-            names = [f.name for f in fields(Timing)]  # earlier records say more
-            timings = tuple(Timing(**{name: timing[name] for name in names}) for timing in values["timings"])
-            return cls(**{**values, "timings": timings})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"it is no cost model, or a damaged one ({error!r})") from error
-
-    @classmethod
     def load(cls, path: Path) -> CostModel:
         """Read a cost model from a JSON file: a record, as a search keeps beside its scores, or a plan, which has one.
 
@@ -210,11 +192,16 @@ class CostModel:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            is_plan = isinstance(content, dict) and "fastdit_plan" in content
-            return cls.of_record(content["cost_model"] if is_plan else content)
+            record = content["cost_model"] if isinstance(content, dict) and "fastdit_plan" in content else content
+            if isinstance(record, dict) and record.get("version", cls.VERSION) != cls.VERSION:
+                raise ValueError(f"it has version {record['version']}, and this fastdit reads {cls.VERSION}")
+            # from JSON, where strict types take objects for dataclasses; earlier records say more
+            return TypeAdapter(cls).validate_json(json.dumps(record, allow_nan=False), strict=True)
         except (OSError, ValueError, KeyError) as error:
+            known = isinstance(error, ValidationError)
+            fault = f"it is no cost model, or a damaged one: {describe_error(error)}" if known else error
             raise ValueError(
-                f"cannot read a cost model from {path}: {error}; give a plan, or a cost-*.json beside the scores of one"
+                f"cannot read a cost model from {path}: {fault}; give a plan, or a cost-*.json beside the scores of one"
             ) from error
 
 

@@ -9,20 +9,22 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PlainValidator, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..files import moved_when_complete
-from ..tokens import AttentionCall, TokenSpec, VideoGrid
+from ..tokens import AttentionCall, TokenSpec
+from ..validation import describe_error
 
 VERSION = 2
 DIGITS = 9
 """Significant digits in a file: enough to tell all fp32 numbers apart."""
 
-Floats = NDArray[np.float32]
+Floats = Annotated[NDArray[np.float32], PlainValidator(lambda rows: np.array(rows, np.float32))]
 
 
 @dataclass(frozen=True)
@@ -176,20 +178,10 @@ class Scores:
             path: The file.
             settings: What the scores depend on, as JSON values.
         """
-        content = {
-            "version": VERSION,
-            "settings": settings,
-            "num_steps": self.num_steps,
-            "seconds": self.seconds,
-            "attention_seconds": self.attention_seconds,
-            "steps": self.steps,
-            "shapes": {title: asdict(shape) for title, shape in self.shapes.items()},
-            "changes": [asdict(change) for change in self.changes],
-            "calls": [{**vars(call), **{name: _plain(getattr(call, name)) for name in _ARRAYS}} for call in self.calls],
-        }
+        content = {"version": VERSION, "settings": settings, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         with moved_when_complete(path) as part:
-            part.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+            part.write_text(json.dumps(content, allow_nan=False, default=_plain), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> Scores | None:
@@ -200,24 +192,16 @@ class Scores:
             settings: What the scores must depend on.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
             if content["version"] != VERSION or content["settings"] != json.loads(json.dumps(settings)):
                 return None
-            shapes = {}
-            for title, values in content["shapes"].items():
-                tokens = TokenSpec(**{**values["tokens"], "grid": VideoGrid(**values["tokens"]["grid"])})
-                shapes[title] = Shape(**{**values, "tokens": tokens})
-            calls = [
-                CallScores(**{**call, **{name: np.array(call[name], np.float32) for name in _ARRAYS}})
-                for call in content["calls"]
-            ]
-            changes = [Change(**change) for change in content["changes"]]
-            times = {name: content[name] for name in ("seconds", "attention_seconds")}
-            return cls(calls, changes, shapes, content["steps"], content["num_steps"], **times)
+            return TypeAdapter(cls).validate_json(text, strict=True)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"the scores in {path} cannot be used and are taken again: {error!r}", stacklevel=2)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fault = describe_error(error) if isinstance(error, ValidationError) else repr(error)
+            warnings.warn(f"the scores in {path} cannot be used and are taken again: {fault}", stacklevel=2)
             return None
 
 
@@ -229,9 +213,6 @@ def digest(settings: Mapping[str, Any]) -> str:
     """
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-_ARRAYS = ("error", "head_error", "recall", "density", "mass")
 
 
 def _plain(values: Floats) -> list[list[float | None]]:

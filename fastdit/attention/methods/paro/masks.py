@@ -7,26 +7,34 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ....files import moved_when_complete
 from ....schedule import check_edges
-from ....tokens import TokenSpec, VideoGrid
-from ...fields import check_value
+from ....tokens import TokenSpec
+from ....validation import Part, describe_error
 from ...method import check_block_size, check_density
 
 AXIS_ORDERS = ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
 """The six orders of the axes, slowest first; files name an order by its place here."""
 
 VERSION = 1
+
+
+class _About(Part):
+    version: Literal[1]
+    tokens: TokenSpec
+    block_size: int
+    density: float
+    edges: tuple[float, ...]
 
 
 class ParoPlan:
@@ -123,16 +131,16 @@ class ParoPlan:
             path: The file.
         """
         places = [[AXIS_ORDERS.index(order) for order in layer] for layer in self.orders]
-        about = {
-            "version": VERSION,
-            "tokens": asdict(self.tokens),
-            "block_size": self.block_size,
-            "density": self.density,
-            "edges": self.edges,
-        }
+        about = _About(
+            version=VERSION,
+            tokens=self.tokens,
+            block_size=self.block_size,
+            density=self.density,
+            edges=self.edges,
+        )
         tensors = {"orders": torch.tensor(places, dtype=torch.uint8, device="cpu"), "blocks": self._bits}
         with moved_when_complete(Path(path)) as part:
-            save_file(tensors, part, {"paro_plan": json.dumps(about)})
+            save_file(tensors, part, {"paro_plan": json.dumps(about.model_dump())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ParoPlan:
@@ -149,29 +157,15 @@ class ParoPlan:
                 metadata = file.metadata() or {}
                 if "paro_plan" not in metadata:
                     raise ValueError(f"{path} is a safetensors file, but not a plan for 'paro'")
-                about = json.loads(metadata["paro_plan"])
-                if about.get("version") != VERSION:
-                    raise ValueError(
-                        f"{path} is a plan of version {about.get('version')}, and this fastdit reads {VERSION}; "
-                        "calibrate it again"
-                    )
-                tokens = TokenSpec(**{**about["tokens"], "grid": VideoGrid(**about["tokens"]["grid"])})
-                if not all(type(count) is int for count in (*tokens.grid.shape, tokens.text_tokens)):
-                    raise ValueError(f"{path} is for numbers of tokens that are not whole: {tokens}")
-                for name in ("text_first", "ordered"):
-                    check_value(name, getattr(tokens, name), bool)
-                return cls(
-                    tokens=tokens,
-                    block_size=about["block_size"],
-                    density=about["density"],
-                    orders=[[AXIS_ORDERS[order] for order in layer] for layer in file.get_tensor("orders").tolist()],
-                    edges=about["edges"],
-                    bits=file.get_tensor("blocks"),
-                )
+                about = dict(_About.model_validate_json(metadata["paro_plan"]))
+                del about["version"]
+                orders = [[AXIS_ORDERS[order] for order in layer] for layer in file.get_tensor("orders").tolist()]
+                return cls(**about, orders=orders, bits=file.get_tensor("blocks"))
         except OSError as error:
             raise ValueError(f"the plan {path} cannot be read: {error}") from error
-        except (SafetensorError, KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a plan for 'paro', or it is damaged: {error}") from error
+        except (SafetensorError, ValidationError, IndexError, TypeError) as error:
+            fault = describe_error(error) if isinstance(error, ValidationError) else error
+            raise ValueError(f"{path} is not a plan for 'paro', or it is damaged: {fault}; calibrate it again") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a plan never changes: {name} cannot be set; make another one")
