@@ -1,10 +1,11 @@
-"""What the user asked of sparse attention."""
+"""Arguments of ``enable_sparse_attention``, kept until there is a pipeline."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold the arguments of ``enable_sparse_attention``.
+    """Arguments of ``enable_sparse_attention``.
 
     Args:
         method: Name of a method, or a plan; ``None`` takes the best known method for the model.
         fields: Fields of the method.
         schedule: Fields of ``Schedule`` that differ from the plan's or the model's own.
-        kernel: Name of a kernel; ``None`` chooses.
-        precision: Low precision of products; ``None`` for that of the model.
+        computing: Keywords that say how blocks are computed, such as ``kernel`` and ``precision``.
     """
 
     method: str | Plan | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
-    kernel: str | None = None
-    precision: str | None = None
+    computing: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the files that fields of the method name, and the option that said so."""
+        """Yield the files named by fields of the method, each with its option."""
         for name, value in self.fields.items():
             if isinstance(value, str) and os.path.exists(value):
                 yield f"--set {name}", Path(value)
@@ -50,10 +49,7 @@ class Settings:
         """
         from ..api import enable_sparse_attention
 
-        how = {"kernel": self.kernel, "precision": self.precision}
+        enable = partial(enable_sparse_attention, pipeline, self.method, **self.computing, **self.fields)
         with as_input_error():
-            handle = enable_sparse_attention(pipeline, self.method, **how, **self.fields)
-            if not self.schedule:
-                return handle
-            schedule = replace(handle.schedule, **self.schedule)
-            return enable_sparse_attention(pipeline, self.method, schedule=schedule, **how, **self.fields)
+            handle = enable()
+            return enable(schedule=replace(handle.schedule, **self.schedule)) if self.schedule else handle
