@@ -128,7 +128,7 @@ def check_function(
     arguments = parameters(node)
     if command_line and any(is_option(a) for a in arguments.values()):
         for argument, node_ in arguments.items():
-            if is_option(node_) and "help=" not in ast.unparse(node_.annotation):
+            if is_option(node_) and not re.search(r"help=|\boption\(", ast.unparse(node_.annotation)):
                 yield node_.lineno, f"{name}: option {argument} has no help"
         return
     own, others = section(doc, "Args"), borrowed(doc)
@@ -152,7 +152,7 @@ def check_class(node: ast.ClassDef) -> Iterator[tuple[int, str]]:
             for n in node.body
             if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")
         }
-        own = {name: kind for name, kind in own.items() if "ClassVar" not in ast.unparse(kind)}
+        own = {n: kind for n, kind in own.items() if not re.search(r"ClassVar|\boption\(", ast.unparse(kind))}
         inherits = any(ast.unparse(base) not in ("ABC", "Protocol") for base in node.bases)
         known = own | dict.fromkeys(documented, ast.Constant(None)) if inherits else own
         yield from compare(node.lineno, node.name, list(known), documented, ordered=not inherits)
@@ -200,7 +200,7 @@ def annotated_tensor(annotation: ast.expr | None) -> bool:
 
 def is_option(argument: ast.arg) -> bool:
     return argument.annotation is not None and bool(
-        re.search(r"typer\.(Option|Argument)", ast.unparse(argument.annotation))
+        re.search(r"\b(option|typer\.Option|typer\.Argument)\(", ast.unparse(argument.annotation))
     )
 
 

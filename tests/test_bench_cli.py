@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import sys
-from functools import partial
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastdit.bench.measuring.contenders import Contender
 from fastdit.bench.model import Model
 from fastdit.bench.quality import Studio, quality_jobs
 from fastdit.bench.report.result_store import read_rows
-from fastdit.cli.assemble import assembled
+from fastdit.cli.assemble import command
 from fastdit.files import folded
 
 KERNELS = ("bench", "kernels", "--densities", "0.5", "--contenders", "sdpa-flash,fastdit-cpu,fa3", "--repeats", "1")
@@ -61,22 +61,31 @@ def test_kernels(tmp_path):
     assert ours["speedup"] > 0 and ours["dense"] == "sdpa-flash"  # never without a dense one beside it
 
 
+@dataclass(frozen=True)
+class Side:
+    width: int = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    height: int
+    side: Side = Side()
+
+
 def test_options_are_assembled():
     made = []
 
-    def make(height: int, width: int = 8) -> int:
-        return height * width
-
-    @assembled(size=partial(make, height=4))
-    def command(*, name: str, size: int, debug: bool = False) -> None:
+    @command
+    def draw(*, name: str, size: Size = Size(4), debug: bool = False) -> None:
         """Do it."""
         made.append((name, size, debug))
 
-    parameters = inspect.signature(command).parameters
-    assert list(parameters) == ["name", "height", "width", "debug"] and command.__doc__ == "Do it."
+    parameters = inspect.signature(draw).parameters
+    assert list(parameters) == ["name", "height", "width", "debug"] and draw.__doc__ == "Do it."
     assert (parameters["height"].default, parameters["height"].annotation) == (4, int)
-    command(name="a", height=2, width=3, debug=True)
-    assert made == [("a", 6, True)]
+    assert parameters["width"].default == 8
+    draw(name="a", height=2, width=3, debug=True)
+    assert made == [("a", Size(2, Side(3)), True)]
 
 
 def test_dry_run_computes_nothing(tmp_path):
@@ -116,7 +125,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     both = ("--problems", "2x8x8/2x32,2x8x8/1x32")
     result = run(*KERNELS, *both, "-o", file)
-    assert result.exit_code == 130 and "--resume goes on" in result.stderr
+    assert result.exit_code == 130 and "--resume to continue" in result.stderr
     assert len(parts(file)) == 3
     monkeypatch.undo()
     assert run(*KERNELS, *both, "-o", file, "--resume").exit_code == 0
@@ -150,7 +159,7 @@ def test_what_is_learned_from_is_not_compared(monkeypatch):
         "quality_jobs",
         lambda studio, prompts, seeds, *_, **__: seen.append((list(prompts), list(seeds), studio.args[2])) or [],
     )
-    session: Any = SimpleNamespace(seed=5, device="cpu", rows=list)
+    session: Any = SimpleNamespace(seed=5, device="cpu", rows=[])
     model = Model.find(str(folder()))
     for prompts, count in ((["a", "b", "c"], 2), (["a", "b"], None)):
         fastdit.bench.suites.build_quality(session, model, prompts, count, 2, [], (), None)
@@ -175,8 +184,8 @@ def test_captured_calls_are_of_two_videos(monkeypatch):
 
 def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
     monkeypatch.setattr(import_module("fastdit.cli.bench"), "find_spec", lambda name: None)
-    for command in (("all", "--quick"), ("report", tmp_path / "rows.jsonl")):
-        result = run("bench", *command, "-o", tmp_path / ("rows.jsonl" if command[0] == "all" else "page.html"))
+    for words in (("all", "--quick"), ("report", tmp_path / "rows.jsonl")):
+        result = run("bench", *words, "-o", tmp_path / ("rows.jsonl" if words[0] == "all" else "page.html"))
         assert result.exit_code == 2 and "jinja2 and matplotlib; install fastdit[bench]" in result.stderr
 
 
@@ -189,11 +198,11 @@ def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
         (("kernels", "--blocks", "64"), "blocks are QUERIESxKEYS"),
         (("kernels", "--contenders", "fa9"), "unknown contender 'fa9'"),
         (("methods", "--settings", "drift"), "unknown setting 'drift'"),
-        (("e2e", "--problems", "demo"), "nobody knows the rest of the model"),
-        (("quality", "--score-with", "no-such-program {folder}"), "there is no program"),
+        (("e2e", "--problems", "demo"), "no configuration for demo"),
+        (("quality", "--score-with", "no-such-program {folder}"), "no program 'no-such-program' was found"),
         (("quality", "--score-with", "true"), "has no {folder}"),
         (("kernels", "--against", "nowhere.jsonl"), "cannot read results"),
-        (("kernels", "--against", "/dev/null"), "there are no results in /dev/null"),
+        (("kernels", "--against", "/dev/null"), "/dev/null has no results"),
         (("kernels", "-o", "nowhere/rows.jsonl"), "the folder nowhere does not exist"),
         (("kernels", "-o", "/dev"), "it is a folder"),
         (("methods", "--problems", "2x4x4/0x32"), "at least one head"),
@@ -205,7 +214,7 @@ def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
         (("quality", "--seed", 2**64 - 1), f"got {2**64 - 1} to {2**64}"),
         (("methods", "--seed", 2**64 - 1), f"got {2**64 - 1} to {2**64}"),
         (("quality", "--videos", "notes.txt"), "is a file, not a folder; give another place with --videos"),
-        (("quality", "--videos", "."), "is there already"),
+        (("quality", "--videos", "."), "already exists"),
         (
             ("quality", "--prompts", "notes.txt", "-o", "notes.txt", "--resume"),
             "--output and --prompts are the same file",
@@ -232,7 +241,7 @@ def test_a_report_is_not_written_over_its_rows(tmp_path):
     path.write_text('{"benchmark": "kernels", "job": "j", "part": "p"}\n')
     for output, text in (
         (path, "--output and the results are the same file"),
-        (tmp_path / "x.md", "lacks what a report"),
+        (tmp_path / "x.md", "lacks fields that a report"),
     ):
         result = run("bench", "report", path, "-o", output)
         assert result.exit_code == 2 and text in result.stderr

@@ -15,7 +15,8 @@ from cli_runs import listing, run, run_json
 
 import fastdit
 from fastdit import metrics
-from fastdit.cli.settings import read_settings, read_value
+from fastdit.cli.options import KernelOptions, MethodOptions, ScheduleOptions
+from fastdit.cli.settings import read_value
 from fastdit.generation import video
 from fastdit.generation.errors import InputError
 from fastdit.generation.report import mean_decibels
@@ -35,9 +36,9 @@ def read(path):
         return np.stack(list(reader.iter_data())) / 255, reader.get_meta_data()
 
 
-def settings(**changes):
-    empty = {"method": None, "density": None, "assignments": [], "schedule": {}, "kernel": None, "precision": None}
-    return read_settings(**{**empty, **changes})
+def settings(*, schedule=None, kernel=None, **changes):
+    how = {"schedule": ScheduleOptions(**schedule or {}), "kernel": KernelOptions(kernel)}
+    return MethodOptions(**how, **changes).read()
 
 
 def test_help_imports_nothing_heavy():
@@ -136,7 +137,7 @@ def test_settings_hold_what_was_asked():
     )
     assert asked.fields == {"density": 0.3, "tile": (1, 4, 8)}
     assert asked.schedule == {"warmup_steps": 0.25, "dense_layers": (0, -1), "refresh_steps": (2, 4)}
-    assert (asked.method, asked.kernel) == ("draft", "cpu")
+    assert (asked.method, asked.computing) == ("draft", {"kernel": "cpu", "precision": None})
 
 
 @pytest.mark.parametrize(

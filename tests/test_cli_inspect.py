@@ -73,7 +73,7 @@ def test_one_head(file, tmp_path):
     assert [row["method"] for row in value["head"]["buckets"]] == ["dense", "draft"]
     assert value["pictures"] == [str(tmp_path / "layer-0-head-0.png")] and value["layers"] is None
     result = run("inspect", file, "--layer", 0, "--head", 2, "-o", tmp_path)
-    assert "depends on the video" in result.stderr and "draft density=0.3" in result.stdout
+    assert "depend on the video" in result.stderr and "draft density=0.3" in result.stdout
     assert listing(tmp_path) == ["layer-0-head-0.png", "plan.json"]
 
 
@@ -88,7 +88,7 @@ def test_two_transformers(tmp_path):
     ]
     assert list(run_json("inspect", file)["layers"]) == ["transformer", "transformer_2"]
     assert "--transformer" in refused("inspect", file, "--layer", 0, "--head", 0)
-    assert "it has: transformer, transformer_2" in refused("inspect", file, "--transformer", "vae")
+    assert "it covers: transformer, transformer_2" in refused("inspect", file, "--transformer", "vae")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_two_transformers(tmp_path):
         (("text.json",), ("text.json is no JSON",)),
         (("plan.json", "-o", "none/out"), ("none does not exist", "mkdir -p none")),
         (("plan.json", "-o", "text.json"), ("is a file, not a folder",)),
-        (("plan.json", "--layer", 0), ("--layer and --head", "give both")),
+        (("plan.json", "--layer", 0), ("--layer and --head", "pass both")),
         (("plan.json", "--layer", 2, "--head", 0), ("no layer 2", "the plan has 2, counted from 0")),
         (("plan.json", "--layer", 0, "--head", 3), ("no head 3", "the plan has 3")),
     ],
@@ -155,7 +155,7 @@ def test_plans_that_cannot_run(tmp_path):
     plan = untrained_plan(tmp_path / "half.json")
     target = ("-o", tmp_path / "cat.mp4")
     assert "--density" in refused(*small("a cat", "--plan", plan, "--density", 0.2, *target))
-    assert "given with --plan" in refused(*small("a cat", "--method", plan, *target))
+    assert "pass a plan with --plan" in refused(*small("a cat", "--method", plan, *target))
     assert "there is no file" in refused(*small("a cat", "--plan", tmp_path / "none.json", *target))
     some_plan(SMALL).save(tmp_path / "other.json")
     result = run(*small("a cat", "--plan", tmp_path / "other.json", *target))

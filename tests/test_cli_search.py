@@ -83,7 +83,7 @@ def test_another_limit_takes_no_new_scores(place, monkeypatch):
     assert run(*all_sparse, "--budget", 0.3, "-o", "good.json", "--quiet").output == ""
     message, before = refused(*all_sparse, "--budget", 0.01)
     assert "budget 0.01 is impossible: it must be at least 0.1" in message
-    assert "the scores taken so far are in plan.scores" in before
+    assert "the scores so far are in plan.scores" in before
     assert listing(place) == ["fast.json", "good.json", "plan.json", "plan.scores", "prompts.txt", "times.json"]
 
 
@@ -100,7 +100,7 @@ def test_what_is_interrupted_goes_on(place, monkeypatch, error, code):
     monkeypatch.setattr(task, "capturing", stop)
     message, before = refused(*command("--budget", 0.4), code=code)
     assert ("interrupted" if code == 130 else "the disk is full") in message
-    assert "scores taken so far are in plan.scores; the same command goes on" in before
+    assert "scores so far are in plan.scores; run the same command" in before
     assert listing(place) == ["plan.scores", *FILES] and len(listing(place / "plan.scores")) == 1
     assert run(*command("--budget", 0.4)).exit_code == 0
     assert len(started) == 3

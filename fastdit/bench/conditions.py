@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .report.result_store import Row
 
 
-class Conditions(Protocol):
-    """The device, the dtype and the seed of a run, and its file of results."""
+@dataclass(frozen=True)
+class Conditions:
+    """The device, the dtype and the seed of a run, and its results.
 
-    @property
-    def output(self) -> Path:
-        """Return the file of results."""
-        ...
+    Args:
+        output: File of results.
+        seed: Random seed.
+        device: Device that is measured.
+        dtype: Dtype of weights and tensors.
+        rows: Rows of earlier runs that this one resumes.
+    """
 
-    @property
-    def seed(self) -> int:
-        """Return the seed of everything that is random, at least 0."""
-        ...
-
-    @property
-    def device(self) -> str:
-        """Return where it runs."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Return the dtype of weights and tensors, as the user named it."""
-        ...
+    output: Path
+    seed: int
+    device: str
+    dtype: torch.dtype
+    rows: Sequence[Row] = ()

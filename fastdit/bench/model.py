@@ -14,7 +14,7 @@ from ..api import SparseAttention
 from ..demo.captions import HELD_OUT_CAPTIONS, parse_caption
 from ..demo.scorer import read_clip
 from ..generation.errors import InputError
-from ..generation.loading import choose_dtype, load_model
+from ..generation.loading import load_model
 from ..generation.progress import Silent
 from ..generation.sizes import check_sizes
 from ..generation.sources import DEMO, ModelSource, find_model
@@ -35,11 +35,11 @@ REST = 1.5
 
 @dataclass(frozen=True)
 class Model:
-    """Say which pipeline is used, and how it is called.
+    """A pipeline that is not loaded yet, and how it is called.
 
     Args:
         source: Where it is.
-        given: Keywords of its call; ``None`` where the user said nothing.
+        given: Keywords of its call; ``None`` where the model decides.
     """
 
     source: ModelSource
@@ -60,42 +60,41 @@ class Model:
 
     @property
     def name(self) -> str:
-        """Return the name that rows have: no folder of this machine."""
+        """Return the name used in rows, without folders of this machine."""
         return Path(self.source.name).name if self.source.local else self.source.name
 
     @property
     def label(self) -> str:
-        """Return the name with what the user said of the call, which tells rows of one model apart."""
+        """Return the name with the given keywords of the call, which distinguishes rows of one model."""
         return ", ".join([self.name, *(f"{_brief(n)}={value:g}" for n, value in self.about()["arguments"].items())])
 
     def load(self, session: Conditions) -> tuple[Any, dict[str, Any]]:
         """Load the pipeline; return it with the keywords of its call.
 
         Args:
-            session: What was asked for.
+            session: Conditions of the run.
 
         Raises:
             InputError: It cannot be loaded, or does not take what was given.
         """
-        dtype = choose_dtype(session.dtype, session.device)
-        pipeline = load_model(self.source, device=session.device, dtype=dtype, offload="none", compiled=False)
+        pipeline = load_model(self.source, device=session.device, dtype=session.dtype, offload="none", compiled=False)
         pipeline.set_progress_bar_config(disable=True)
         arguments = call_arguments(pipeline, self.source, self.given)
         check_sizes(pipeline, arguments)
         return pipeline, arguments
 
     def prompts(self, listed: Sequence[str] | None, option: str) -> list[str]:
-        """Return the prompts that there are: what the user gave, or those of the demo.
+        """Return the given prompts, or those of the demo.
 
         Args:
-            listed: What the user gave, or ``None``.
-            option: What gives them, for the error.
+            listed: The given prompts, or ``None``.
+            option: The option that takes prompts, for the error.
 
         Raises:
-            InputError: There are none for this model.
+            InputError: The model has none and none are given.
         """
         if listed is None and self.source.place is not None:
-            raise InputError(f"{self.source.name} brings no prompts; give {option}")
+            raise InputError(f"{self.source.name} has no prompts of its own; pass {option}")
         return list(HELD_OUT_CAPTIONS if listed is None else listed)
 
     def about(self) -> dict[str, Any]:
@@ -103,10 +102,10 @@ class Model:
         return {"arguments": {name: value for name, value in self.given.items() if value is not None}}
 
     def seconds(self, session: Conditions) -> float | None:
-        """Estimate the seconds of a dense video; ``None`` for models of which nothing is known beforehand.
+        """Estimate the seconds of a dense video; ``None`` for models other than the demo.
 
         Args:
-            session: What was asked for.
+            session: Conditions of the run.
         """
         if self.source.name != DEMO or any(self.given.get(n) for n in ("height", "width", "num_frames")):
             return None
@@ -122,7 +121,7 @@ def open_studio(session: Conditions, model: Model, calibration: tuple[str, int],
     """Load a pipeline to make videos with.
 
     Args:
-        session: What was asked for.
+        session: Conditions of the run.
         model: The pipeline.
         calibration: A prompt and a seed that are not compared together.
         folder: Where videos go; ``None`` keeps none.
@@ -161,7 +160,7 @@ def open_subject(session: Conditions, model: Model, prompt: str) -> Subject:
     """Load a pipeline to be timed.
 
     Args:
-        session: What was asked for.
+        session: Conditions of the run.
         model: The pipeline.
         prompt: What it makes.
     """

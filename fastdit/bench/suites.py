@@ -1,4 +1,4 @@
-"""The jobs of each benchmark, from what the user asked for."""
+"""The jobs of each benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..generation.errors import InputError, as_input_error
-from ..generation.loading import choose_dtype
 from ..search.search import check_seed
 from .conditions import Conditions
 from .e2e import e2e_jobs
@@ -27,19 +26,19 @@ from .quality import quality_jobs
 from .random_models import MODELS, model_of, problem_outline, random_subject
 
 MATCHING = 4
-"""Dense calls that matching a density takes, about."""
+"""Approximate number of dense calls that matching a density takes."""
 
 KINDS_OF_STEPS = 3
-"""Steps that a run with random weights takes, about."""
+"""Approximate number of steps of a run with random weights."""
 
 PROMPT = 'one with --prompt "..."'
-"""What gives a prompt where one is enough."""
+"""How to pass a prompt where one is enough."""
 
 SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
-"""Dense attention that stands beside whatever else is asked for."""
+"""Dense attention measured beside all else."""
 
 PUBLISHED = ("default", "draft", "adaspa", "sla", "radial", "paro", "sparse-vdit")
-"""What users get, and every method as its paper has it."""
+"""The default, and every method as published."""
 
 
 def build_kernels(
@@ -53,11 +52,11 @@ def build_kernels(
     """Make the jobs of ``kernels``.
 
     Args:
-        session: What was asked for.
+        session: Conditions of the run.
         problems: Names of the problems.
         densities: Fractions of the blocks, each in (0, 1].
         blocks: Queries and keys in a block.
-        repeats: Rounds at least.
+        repeats: Smallest number of rounds.
         only: Names of the contenders; ``None`` for all.
 
     Raises:
@@ -70,7 +69,7 @@ def build_kernels(
         _contenders(only),
         densities=densities,
         blocks=blocks,
-        dtype=choose_dtype(session.dtype, session.device),
+        dtype=session.dtype,
         device=session.device,
         seed=session.seed,
         repeats=repeats,
@@ -89,12 +88,12 @@ def build_methods(
     """Make the jobs of ``methods``.
 
     Args:
-        session: What was asked for.
-        sources: Problems for which calls are made up.
+        session: Conditions of the run.
+        sources: Problems with synthetic calls.
         settings: The settings.
         densities: Fractions of the pairs, each in (0, 1].
         model: A pipeline whose calls are captured.
-        prompt: What it makes then.
+        prompt: Prompt of the captured calls.
 
     Raises:
         InputError: There is no such problem.
@@ -102,11 +101,10 @@ def build_methods(
     with as_input_error():
         problems = find_problems(sources)
         check_seed(session.seed, 2)
-    dtype, device = choose_dtype(session.dtype, session.device), session.device
+    device = session.device
     jobs = []
     for problem in problems:
-        how = {"head_dim": max(32, problem.head_dim), "dtype": dtype, "device": device}
-        one = partial(synthetic, problem.tokens, **how)
+        one = partial(synthetic, problem.tokens, head_dim=max(32, problem.head_dim), dtype=session.dtype, device=device)
         seconds = len(KINDS) / problem.heads * problem.flops * MATCHING / throughput(device)
         jobs += method_jobs(
             f"synthetic {problem.name}",
@@ -164,7 +162,7 @@ def build_quality(
     """Make the jobs of ``quality``.
 
     Args:
-        session: What was asked for.
+        session: Conditions of the run.
         model: The pipeline.
         prompts: The prompts that there are.
         count: How many of them are compared, at least 1; ``None`` for all.
@@ -190,7 +188,7 @@ def build_quality(
         model=model.label,
         about=model.about(),
         seconds=model.seconds(session),
-        others=[row["prompt"] for row in session.rows() if "prompt" in row],
+        others=[row["prompt"] for row in session.rows if "prompt" in row],
     )
 
 
@@ -206,7 +204,7 @@ def build_e2e(
     """Make the jobs of ``e2e``.
 
     Args:
-        session: What was asked for.
+        session: Conditions of the run.
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1]; none for settings that need none.
         repeats: Rounds after the cold one, at least 1.
@@ -221,7 +219,7 @@ def build_e2e(
         chosen = find_problems(problems)
     vague = [s.name for s in settings if not (densities or s.is_fixed or s.method == DEFAULT)]
     if vague:
-        raise InputError(f"{vague[0]} runs at a density, and none is given; write --densities 0.2")
+        raise InputError(f"{vague[0]} needs a density; pass --densities 0.2")
     how: dict[str, Any] = {"densities": densities, "repeats": repeats}
     jobs = []
     if model is not None:
@@ -236,9 +234,8 @@ def build_e2e(
 
 def _random(session: Conditions, problem: Problem, settings: Sequence[Setting], how: dict[str, Any]) -> list[Job]:
     if model_of(problem) is None:
-        raise InputError(f"nobody knows the rest of the model of {problem.name}; there are: {', '.join(MODELS)}")
-    dtype = choose_dtype(session.dtype, session.device)
-    load = partial(random_subject, problem, dtype=dtype, device=session.device, seed=session.seed)
+        raise InputError(f"no configuration for {problem.name}; choose from: {', '.join(MODELS)}")
+    load = partial(random_subject, problem, dtype=session.dtype, device=session.device, seed=session.seed)
     seconds = KINDS_OF_STEPS * REST * problem.flops * problem.layers * problem.passes / throughput(session.device)
     about = {"problem": problem.describe()}
     return e2e_jobs(f"{problem.name}, random weights", load, settings, about=about, seconds=seconds, **how)
@@ -259,8 +256,8 @@ def build_everything(session: Conditions, *, quick: bool) -> list[Job]:
     """Make the jobs of all benchmarks.
 
     Args:
-        session: What was asked for.
-        quick: Whether they shall take minutes on two cores.
+        session: Conditions of the run.
+        quick: Whether the whole takes minutes on two cores.
     """
     demo = Model.find("demo")
     prompts = demo.prompts(None, "")

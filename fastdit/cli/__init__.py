@@ -1,4 +1,4 @@
-"""The command line: one module per command, nothing heavy imported before the arguments are parsed."""
+"""The command line: one module per command; nothing heavy is imported before the arguments are parsed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .search import search
 
 app = typer.Typer(
     name="fastdit",
-    help="Sparse attention for video diffusion transformers: make videos, search plans, measure, see what runs here.",
+    help="Sparse attention for video diffusion transformers: make videos, search plans, run benchmarks.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -58,10 +58,10 @@ def _stop(number: int, frame: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Codes are 0 for success, 1 for a failure, 2 for bad input, 130 for Ctrl-C and 143 for being terminated.
+    Exit codes are 0 for success, 1 for a failure, 2 for bad input, 130 for Ctrl-C and 143 for termination.
 
     Args:
-        arguments: What comes after ``fastdit``; default ``sys.argv[1:]``.
+        arguments: Arguments after ``fastdit``; default ``sys.argv[1:]``.
 
     Raises:
         SystemExit: Always.

@@ -6,19 +6,35 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..files import moved_when_complete
-from ..generation.errors import InputError
-from . import options
-from .assemble import assembled
-from .bench_session import Session
-from .console import Screen, guarded
+from ..generation.errors import InputError, as_input_error
+from ..generation.jobs import read_prompts
+from .apart import check_apart
+from .assemble import command
+from .bench_session import Session, read
+from .console import Screen
+from .options import (
+    ATTENTION,
+    COUNT,
+    OUTPUT,
+    Densities,
+    Model,
+    OutputOptions,
+    ScheduleOptions,
+    SizeOptions,
+    option,
+)
+from .settings import read_blocks, read_densities, split
+
+if TYPE_CHECKING:
+    from ..bench.inputs.settings import Setting
 
 bench = typer.Typer(
     name="bench",
@@ -26,209 +42,208 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-
-@guarded
-def report(
-    results: Annotated[list[Path], typer.Argument(help="Files of rows that fastdit bench has written.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page (.html), or the tables alone (.md).")] = Path(
-        "report.html"
-    ),
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
-    """Write results as one page that needs nothing else, with curves, heat maps and frames of the videos."""
-    from ..generation.video import check_target
-    from .apart import check_apart
-
-    check_target(output, (".html", ".md"))
-    check_apart([("--output", output)], [("the results", path) for path in results])
-    if output.suffix.lower() == ".html":
-        check_packages()
-    page = write_report(results, output)
-    Screen(quiet=quiet).note(f"wrote {page}")
-
-
-bench.command()(report)
+Repeats = Annotated[int, option("Number of rounds after the warm-up.", callback=COUNT)]
 
 
 def _prompt(text: str | None) -> str | None:
-    from ..generation.errors import InputError
-    from ..generation.jobs import read_prompts
-
     try:
         return None if text is None else read_prompts(text, None)[0]
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-Prompt = Annotated[str | None, typer.Option(callback=_prompt, help="What the pipeline makes.", show_default=False)]
+Prompt = Annotated[str | None, option("Prompt of the videos.", callback=_prompt)]
+
+
+@dataclass(frozen=True)
+class SettingOptions:
+    """Which methods and plans are compared."""
+
+    settings: Annotated[
+        str | None,
+        option("Methods or plans, as in default,sla(density=0.1),plan.json (default: all).", panel=ATTENTION),
+    ] = None
+    means: Annotated[
+        bool, option("Also run each method with mean compensation of the skipped blocks.", "--means", panel=ATTENTION)
+    ] = False
+
+    def read(self, **schedule: Any) -> list[Setting]:
+        """Find the settings.
+
+        Args:
+            **schedule: Fields of ``Schedule`` that all of them get.
+        """
+        from ..bench.inputs.settings import find_settings
+        from ..search.candidates import split_candidates
+
+        with as_input_error():
+            known = find_settings(None if self.settings is None else split_candidates(self.settings), means=self.means)
+            return [setting.changed(**schedule) for setting in known]
 
 
 @bench.command()
-@guarded
-@assembled(session=partial(options.open_session, output=Path("bench-kernels.jsonl")))
+@command
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files of fastdit bench.")],
+    output: Annotated[
+        Path, option("Page (.html) with figures, or tables only (.md).", "--output", "-o", panel=OUTPUT)
+    ] = Path("report.html"),
+    *,
+    out: OutputOptions,
+) -> None:
+    """Write a self-contained page of results, with curves, heat maps and frames of the videos."""
+    from ..generation.video import check_target
+
+    check_target(output, (".html", ".md"))
+    check_apart([("--output", output)], [("the results", path) for path in results])
+    if output.suffix.lower() == ".html":
+        check_packages()
+    page = write_report(results, output)
+    out.screen().note(f"wrote {page}")
+
+
+@bench.command()
+@command
 def kernels(
     *,
-    problems: Annotated[str, typer.Option(help="Models and sizes, or own ones as 8x16x16/4x64.")] = "demo",
-    densities: options.Densities = "0.1,0.2,0.5",
-    blocks: Annotated[str, typer.Option(help="Queries and keys in a block.")] = "64x64",
-    contenders: Annotated[
-        str | None, typer.Option(help="Only these, as in sdpa-flash,fastdit-cpu.", show_default=False)
-    ] = None,
-    repeats: options.Repeats = 5,
-    session: Session,
+    problems: Annotated[str, option("Models and sizes, or your own size as in 8x16x16/4x64.")] = "demo",
+    densities: Densities = "0.1,0.2,0.5",
+    blocks: Annotated[str, option("Queries and keys per block.")] = "64x64",
+    contenders: Annotated[str | None, option("Kernels, as in sdpa-flash,fastdit-cpu (default: all).")] = None,
+    repeats: Repeats = 5,
+    session: Session = Session(Path("bench-kernels.jsonl")),
 ) -> None:
-    """Time attention kernels over the same blocks: ours and all that are installed, each checked first."""
+    """Time fastdit's kernels and all others that are installed on the same blocks, after checking each one's output."""
     from ..bench.suites import build_kernels
 
-    only = None if contenders is None else options.split(contenders)
-    sizes, wanted = options.read_blocks(blocks), options.read_densities(densities)
-    session.run(lambda s: build_kernels(s, options.split(problems), wanted, sizes, repeats, only))
+    only = None if contenders is None else split(contenders)
+    sizes, wanted = read_blocks(blocks), read_densities(densities)
+    session.run(lambda s: build_kernels(s, split(problems), wanted, sizes, repeats, only))
 
 
 @bench.command()
-@guarded
-@assembled(session=partial(options.open_session, output=Path("bench-methods.jsonl")), size=options.read_size)
+@command
 def methods(
     *,
-    problems: Annotated[str, typer.Option(help="Sizes of the calls that are made up; empty for none.")] = "demo",
+    problems: Annotated[str, option("Sizes of the synthetic calls; empty for none.")] = "demo",
     model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Also capture calls of this pipeline: demo, a folder, or a hub id."),
+        str | None, option("Also capture calls of this pipeline: demo, a folder, or a hub id.", "--model", "-m")
     ] = None,
     prompt: Prompt = None,
-    settings: options.Settings = None,
-    means: options.Means = False,
-    densities: options.Densities = "0.1,0.2,0.3",
-    size: dict[str, Any],
-    session: Session,
+    compared: SettingOptions,
+    densities: Densities = "0.1,0.2,0.3",
+    size: SizeOptions,
+    session: Session = Session(Path("bench-methods.jsonl")),
 ) -> None:
-    """Measure on single attention calls how near methods come to dense attention, at equal realised density."""
+    """Measure the error of each method against dense attention on single calls, at equal realised density."""
     from ..bench.model import Model
     from ..bench.suites import build_methods
 
-    found = None if model is None else Model.find(model, size)
-    chosen, wanted = options.read_settings(settings, means=means), options.read_densities(densities)
-    options.check_files(session, chosen, found)
-    session.run(lambda s: build_methods(s, options.split(problems), chosen, wanted, found, prompt))
+    pipeline = None if model is None else Model.find(model, size.arguments())
+    settings, wanted = compared.read(), read_densities(densities)
+    session.check_files(settings, pipeline)
+    session.run(lambda s: build_methods(s, split(problems), settings, wanted, pipeline, prompt))
 
 
 @bench.command()
-@guarded
-@assembled(
-    session=partial(options.open_session, output=Path("bench-quality.jsonl")),
-    schedule=options.read_steps,
-    size=options.read_size,
-)
+@command
 def quality(
     *,
-    model: options.Model = "demo",
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file with one prompt a line (default: the demo's).", show_default=False)
-    ] = None,
+    model: Model = "demo",
+    prompts: Annotated[Path | None, option("Text file with one prompt per line (default: the demo's prompts).")] = None,
     count: Annotated[
         int | None,
-        typer.Option(
-            callback=options.COUNT,
-            help="How many prompts (default: all of a file, 4 of the demo's).",
-            show_default=False,
-        ),
+        option("Number of prompts (default: all of a file, 4 of the demo's).", callback=COUNT),
     ] = None,
-    seeds: Annotated[int, typer.Option(callback=options.COUNT, help="Seeds of each.")] = 1,
-    settings: options.Settings = None,
-    means: options.Means = False,
-    densities: options.Densities = "0.2,0.35",
-    videos: Annotated[
-        Path | None, typer.Option(help="Folder for videos (default: beside the results).", show_default=False)
-    ] = None,
+    seeds: Annotated[int, option("Number of seeds per prompt.", callback=COUNT)] = 1,
+    compared: SettingOptions,
+    densities: Densities = "0.2,0.35",
+    videos: Annotated[Path | None, option("Folder for the videos (default: beside the results).")] = None,
     score_with: Annotated[
         str | None,
-        typer.Option(help="Command for each folder of videos, as in 'vbench evaluate --videos_path {folder} ...'."),
+        option("Command to run on each folder of videos, as in 'vbench evaluate --videos_path {folder} ...'."),
     ] = None,
-    schedule: dict[str, Any],
-    size: dict[str, Any],
-    session: Session,
+    schedule: ScheduleOptions,
+    size: SizeOptions,
+    session: Session = Session(Path("bench-quality.jsonl")),
 ) -> None:
-    """Make videos with each method beside dense ones of the same prompt and seed, at equal realised density.
+    """Compare the videos of each method with dense ones of the same prompt and seed, at equal realised density.
 
     Under accelerate launch or torchrun the videos are divided among the processes.
     """
     from ..bench.model import Model
     from ..bench.suites import build_quality
-    from ..generation.jobs import read_prompts
     from ..generation.video import check_ffmpeg
 
     check_ffmpeg()
     check_command(score_with)
     texts = None if prompts is None else read_prompts(None, prompts)
-    found = Model.find(model, size)
-    known = found.prompts(texts, "some with --prompts FILE, one a line")
+    pipeline = Model.find(model, size.arguments())
+    known = pipeline.prompts(texts, "some with --prompts FILE, one per line")
     count = 4 if count is None and texts is None else count
-    chosen, wanted = options.read_settings(settings, means=means, schedule=schedule), options.read_densities(densities)
+    settings, wanted = compared.read(**schedule.read()), read_densities(densities)
     folder = session.output.with_suffix(".videos") if videos is None else videos
-    options.check_files(session, chosen, found, prompts=prompts, videos=folder)
-    session.run(lambda s: build_quality(s, found, known, count, seeds, chosen, wanted, folder))
-    if score_with is not None and not session.dry_run and session.team.is_first:
+    session.check_files(settings, pipeline, prompts=prompts, videos=folder)
+    session.run(lambda s: build_quality(s, pipeline, known, count, seeds, settings, wanted, folder))
+    if score_with is not None and session.reports:
         score_folders(score_with, folder, session.screen)
     session.team.close()
 
 
 @bench.command()
-@guarded
-@assembled(session=partial(options.open_session, output=Path("bench-e2e.jsonl")), size=options.read_size)
+@command
 def e2e(
     *,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="demo, a folder, or a hub id; default: demo.")
-    ] = None,
-    problems: Annotated[
-        str, typer.Option(help="Real configurations that get random weights, as in wan-1.3b-480p.")
-    ] = "",
+    model: Annotated[str | None, option("demo, a folder, or a hub id (default: demo).", "--model", "-m")] = None,
+    problems: Annotated[str, option("Full-size configurations with random weights, as in wan-1.3b-480p.")] = "",
     prompt: Prompt = None,
-    settings: options.Settings = "default",
-    means: options.Means = False,
-    densities: options.MaybeDensities = None,
-    repeats: options.Repeats = 3,
-    size: dict[str, Any],
-    session: Session,
+    compared: SettingOptions = SettingOptions("default"),
+    densities: Annotated[
+        str | None,
+        option(
+            "Fractions of the pairs to compute, as in 0.1,0.2 (default: each setting's own density).",
+            panel=ATTENTION,
+        ),
+    ] = None,
+    repeats: Repeats = 3,
+    size: SizeOptions,
+    session: Session = Session(Path("bench-e2e.jsonl")),
 ) -> None:
-    """Time whole videos, dense and sparse in turn, beside what the share of attention predicts."""
+    """Time whole videos, dense and sparse in turn, beside the speedup predicted from the share of attention."""
     from ..bench.model import Model
     from ..bench.suites import build_e2e
 
     name = "demo" if model is None and not problems else model
-    found = None if name is None else Model.find(name, size)
-    chosen = options.read_settings(settings, means=means)
-    wanted = [] if densities is None else options.read_densities(densities)
-    listed = options.split(problems)
-    options.check_files(session, chosen, found)
-    session.run(lambda s: build_e2e(s, chosen, wanted, repeats, found, listed, prompt=prompt))
+    pipeline = None if name is None else Model.find(name, size.arguments())
+    settings = compared.read()
+    wanted = [] if densities is None else read_densities(densities)
+    session.check_files(settings, pipeline)
+    session.run(lambda s: build_e2e(s, settings, wanted, repeats, pipeline, split(problems), prompt=prompt))
 
 
 @bench.command("all")
-@guarded
-@assembled(session=partial(options.open_session, output=Path("bench.jsonl")))
+@command
 def everything(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few videos: minutes on two cores.")] = False,
-    session: Session,
+    quick: Annotated[bool, option("Use small sizes and few videos: minutes on two cores.", "--quick")] = False,
+    session: Session = Session(Path("bench.jsonl")),
 ) -> None:
-    """Run all four benchmarks on the demo and on calls that are made up, and write the report beside the results."""
+    """Run all four benchmarks on the demo model and synthetic calls, and write the report beside the results."""
     from ..bench.suites import build_everything
     from ..generation.video import check_ffmpeg
 
     check_ffmpeg()
     check_packages()
     page = session.output.with_suffix(".html")
-    options.check_files(session, videos=session.output.with_suffix(".videos"), page=page)
+    session.check_files(videos=session.output.with_suffix(".videos"), page=page)
     session.run(lambda s: build_everything(s, quick=quick))
-    if not session.dry_run and session.team.is_first:
+    if session.reports:
         session.screen.note(f"the report is {write_report([session.output], page)}")
     session.team.close()
 
 
 def check_packages() -> None:
-    """Check that a page can be written, before there is anything to write.
+    """Check that the packages of a report are installed.
 
     Raises:
         InputError: A package is missing.
@@ -239,26 +254,26 @@ def check_packages() -> None:
 
 
 def write_report(results: Sequence[Path], output: Path) -> Path:
-    """Write a report, and return where it is.
+    """Write a report and return its path.
 
     Args:
         results: Files of rows.
         output: A page, ``.html``, or Markdown, ``.md``.
 
     Raises:
-        InputError: A file cannot be read, or there is nothing in them.
+        InputError: A file cannot be read, or there are no rows.
     """
     from ..bench.report.page import html, markdown
-    from .bench_session import read
 
     rows = [row for path in results for row in read(path)]
     if not rows:
-        raise InputError(f"there are no results in {', '.join(map(str, results))}")
+        raise InputError(f"no results in {', '.join(map(str, results))}")
     try:
         text = markdown(rows) if output.suffix.lower() == ".md" else html(rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"a row in {', '.join(map(str, results))} lacks what a report shows ({error!r}); is it of another version?"
+            f"a row in {', '.join(map(str, results))} lacks fields that a report shows ({error!r}); "
+            "was it written by another version of fastdit?"
         ) from error
     with moved_when_complete(output) as part:
         part.write_text(text, encoding="utf-8")
@@ -266,28 +281,28 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
 
 
 def check_command(command: str | None) -> None:
-    """Check that a command can be run for a folder.
+    """Check a scoring command.
 
     Args:
-        command: As the user wrote it; ``None`` for none.
+        command: The command; ``None`` for none.
 
     Raises:
-        InputError: There is no such program, or the command does not say where the folder goes.
+        InputError: There is no such program, or the command has no ``{folder}``.
     """
     if command is None:
         return
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InputError(f"--score-with cannot be read as a command ({error}), got {command!r}") from error
+        raise InputError(f"--score-with is not a valid command ({error}), got {command!r}") from error
     if not any("{folder}" in word for word in words):
-        raise InputError("--score-with has no {folder}; write it where the folder of videos belongs")
+        raise InputError("--score-with has no {folder}; write {folder} where the folder of videos belongs")
     if shutil.which(words[0]) is None:
-        raise InputError(f"--score-with: there is no program {words[0]!r} here")
+        raise InputError(f"--score-with: no program {words[0]!r} was found")
 
 
 def score_folders(command: str, videos: Path, screen: Screen) -> None:
-    """Run a command on the videos of each setting and of dense attention; what it prints goes to ``scores.txt`` there.
+    """Run a command on the videos of each setting and of dense attention, and keep its output as ``scores.txt``.
 
     Args:
         command: With ``{folder}`` where the folder belongs.

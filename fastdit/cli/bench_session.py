@@ -5,112 +5,145 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..generation.errors import InputError
 from ..generation.processes import Team
-from ..generation.video import check_target
+from ..generation.video import check_folder, check_name, check_target
+from .apart import check_apart, plan_files
 from .console import FAILED, Screen, add_row, fail, plain_table
+from .options import OUTPUT, DeviceOptions, OutputOptions, Seed, option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..bench.conditions import Conditions
+    from ..bench.inputs.settings import Setting
     from ..bench.jobs import Job
+    from ..bench.model import Model
     from ..bench.report.result_store import Row
-
-Build = Callable[["Session"], "list[Job]"]
 
 
 @dataclass(frozen=True)
 class Session:
-    """Hold what all benchmarks are told.
+    """One run of benchmarks, as all of them are asked for.
 
     Args:
-        output: File of rows.
-        resume: Whether rows that are there are kept, and not measured again.
-        against: File of rows that the new ones are compared with.
-        dry_run: Whether only to say what would run.
-        seed: Of everything that is random.
-        device: Where it runs.
-        dtype: Of weights and tensors, one of ``DTYPES`` of the models.
-        screen: Shows progress and results.
-        team: The processes that share the work.
-        debug: Whether libraries may chatter.
+        seed: Random seed.
+        machine: Where it runs.
+        out: What it shows.
     """
 
-    output: Path
-    resume: bool
-    against: Path | None
-    dry_run: bool
-    seed: int
-    device: str
-    dtype: str
-    screen: Screen
-    team: Team
-    debug: bool = False
+    output: Annotated[Path, option("JSON lines file, one line per measurement.", "--output", "-o", panel=OUTPUT)]
+    resume: Annotated[bool, option("Keep the rows of the file and measure the rest.", "--resume", panel=OUTPUT)] = False
+    against: Annotated[Path | None, option("Results of an earlier run: report changes beyond noise.", panel=OUTPUT)] = (
+        None
+    )
+    dry_run: Annotated[bool, option("List the jobs and their estimated time.", "--dry-run", panel=OUTPUT)] = False
+    seed: Seed = 0
+    machine: DeviceOptions = DeviceOptions()
+    out: OutputOptions = OutputOptions()
 
-    def run(self, build: Build) -> None:
-        """Do the jobs, or say what they are.
+    @property
+    def team(self) -> Team:
+        """Return the processes that share the work."""
+        return self.machine.team
+
+    @cached_property
+    def screen(self) -> Screen:
+        """Return the screen of this run."""
+        return self.out.screen(shown=self.team.is_first)
+
+    @property
+    def reports(self) -> bool:
+        """Return whether this process has results to report: it is the first one, and not of a dry run."""
+        return self.team.is_first and not self.dry_run
+
+    def check_files(
+        self,
+        settings: Sequence[Setting] = (),
+        model: Model | None = None,
+        *,
+        prompts: Path | None = None,
+        videos: Path | None = None,
+        page: Path | None = None,
+    ) -> None:
+        """Check that no file is overwritten that is read, written elsewhere or of another run.
+
+        Args:
+            settings: The settings, of which some are plans.
+            model: The pipeline.
+            prompts: File of prompts.
+            videos: Folder of videos.
+            page: File of the report.
+
+        Raises:
+            InputError: One would be overwritten, or the folder cannot be written.
+        """
+        read = [("--prompts", prompts)]
+        for setting in settings:
+            read += plan_files(Path(setting.fields["path"]), "--settings") if setting.method == "plan" else ()
+        read += [] if model is None else [("--model", file) for file in model.source.files()]
+        new = [("--videos", videos), ("the report", page)]
+        check_apart([("--output", self.output), *new], read)
+        check_apart(new, [("--against", self.against)])  # rows may be added to those that they are compared with
+        if videos is not None:
+            check_folder(next(place for place in (videos, *videos.parents) if place.exists()), option="--videos")
+        for path in filter(None, (videos, page)):
+            check_name(path)
+            if path.exists() and (path.is_file() or any(path.iterdir())):
+                self._check_new(path)
+
+    def run(self, build: Callable[[Conditions], list[Job]]) -> None:
+        """Do the jobs, or list them.
 
         Args:
             build: Makes the jobs; nothing is computed by it.
 
         Raises:
-            InputError: The file of rows is there already, cannot be written or is of another run, or the other file
+            InputError: The file of rows exists already, cannot be written or is of another run, or the other file
                 cannot be read or is empty.
             Exit: A result was wrong, with code 1.
         """
+        from ..bench.conditions import Conditions
         from ..bench.report.result_store import Store, environment, other_run
-        from ..generation.loading import choose_dtype
 
         check_target(self.output, None)
-        if self.output.exists() and not self.resume and not self.dry_run:
-            raise InputError(
-                f"{self.output} is there already; go on with it by --resume, or name another with --output"
-            )
+        if self.output.exists():
+            self._check_new(self.output)
         old = None if self.against is None else read(self.against)
         if old == []:
-            raise InputError(f"there are no results in {self.against} to compare with")
-        store, about = Store(self.output), environment(self.device, self.seed, choose_dtype(self.dtype, self.device))
-        other = other_run(self.rows(), about)
+            raise InputError(f"{self.against} has no results to compare with")
+        earlier = self._rows()
+        given = Conditions(self.output, self.seed, self.machine.device, self.machine.weights, earlier)
+        store, about = Store(self.output), environment(given.device, given.seed, given.dtype)
+        other = other_run(earlier, about)
         if other is not None:
             raise InputError(
-                f"{self.output} has rows of another run: {other}; go on with the same --seed, --dtype and --device, "
+                f"{self.output} has rows of another run: {other}; pass the same --seed, --dtype and --device, "
                 "or name another file with --output"
             )
-        with self.screen.working(), self._quiet():
-            jobs = build(self)
-            if not self.dry_run:
-                faults = self._work(jobs, store, about)
+        with self.screen.working(), self.out.quiet_libraries():
+            jobs = build(given)
+            faults = {} if self.dry_run else self._work(jobs, store, about)
         if self.dry_run:
-            rows = self.rows()
+            rows = self._rows()
             self.screen.result({"jobs": [_plain(job, rows) for job in jobs]}, plan_table(jobs, rows))
             return
         found = self.team.gather([{"faults": faults}])
-        if not self.team.is_first:
-            return
-        names = {(job.benchmark, job.name) for job in jobs}
-        rows = read(self.output) if self.output.exists() else []
-        self._show([row for row in rows if (row["benchmark"], row["job"]) in names], old)
-        faults = {name: text for each in found for name, text in each["faults"].items()}
-        if faults:
-            for name, text in faults.items():
-                self.screen.note(f"wrong: {name}: {text}")
-            raise typer.Exit(fail(f"{len(faults)} results were wrong and have no row", FAILED))
+        if self.team.is_first:
+            self._report(jobs, old, {name: text for each in found for name, text in each["faults"].items()})
 
-    def rows(self) -> list[Row]:
-        """Return the rows of earlier runs, if there is one that goes on."""
+    def _check_new(self, path: Path) -> None:
+        if not self.resume and not self.dry_run:
+            raise InputError(f"{path} already exists; pass --resume to continue, or name another with --output")
+
+    def _rows(self) -> list[Row]:
         return read(self.output) if self.resume and self.output.exists() else []
-
-    def _quiet(self) -> Any:
-        import contextlib
-
-        from ..generation.loading import quiet_libraries
-
-        return contextlib.nullcontext() if self.debug else quiet_libraries()
 
     def _work(self, jobs: list[Job], store: Any, about: dict[str, Any]) -> dict[str, str]:
         from ..bench.jobs import run_job
@@ -126,13 +159,16 @@ class Session:
                 bar.finish()
         except BaseException:
             if store.path.exists():
-                self.screen.note(f"what is done is in {store.path}; the same command with --resume goes on from there")
+                self.screen.note(f"the rows so far are in {store.path}; run the same command with --resume to continue")
             raise
         return faults
 
-    def _show(self, rows: list[Row], old: list[Row] | None) -> None:
+    def _report(self, jobs: list[Job], old: list[Row] | None, faults: dict[str, str]) -> None:
         from ..bench.report.columns import changes, compared
 
+        names = {(job.benchmark, job.name) for job in jobs}
+        rows = read(self.output) if self.output.exists() else []
+        rows = [row for row in rows if (row["benchmark"], row["job"]) in names]
         value: dict[str, Any] = {"rows": rows}
         tables = result_tables(rows)
         if old is not None:
@@ -140,6 +176,10 @@ class Session:
             tables.append(_changes_table(value["changes"], value["compared"], str(self.against)))
         self.screen.note(f"rows are in {self.output}")
         self.screen.result(value, *tables)
+        for name, text in faults.items():
+            self.screen.note(f"wrong: {name}: {text}")
+        if faults:
+            raise typer.Exit(fail(f"{len(faults)} results were wrong and have no row", FAILED))
 
 
 def read(path: Path) -> list[Row]:
@@ -160,13 +200,13 @@ def read(path: Path) -> list[Row]:
 
 
 def plan_table(jobs: Sequence[Job], rows: Sequence[Row]) -> Table:
-    """Show what would run.
+    """List what would run.
 
     Args:
         jobs: The jobs.
-        rows: Rows that are there already.
+        rows: Rows of earlier runs.
     """
-    table = plain_table("what would run", "benchmark", "job", "measurements", "about", numbers=False)
+    table = plain_table("jobs", "benchmark", "job", "measurements", "estimate", numbers=False)
     total = 0.0
     by_name: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
@@ -178,13 +218,12 @@ def plan_table(jobs: Sequence[Job], rows: Sequence[Row]) -> Table:
         about = "?" if group[0].seconds is None else _spell(seconds)
         add_row(table, benchmark, name, str(sum(count for count, _ in todo)), about)
     unknown = any(job.seconds is None for job in jobs)
-    table.caption = f"in all about {_spell(total)}" + (", without those that nobody knows" if unknown else "")
-    table.caption_justify = "left"
+    table.caption = f"total: about {_spell(total)}" + (" and the jobs without an estimate" if unknown else "")
     return table
 
 
 def result_tables(rows: Sequence[Row]) -> list[Table]:
-    """Show rows, one table for each benchmark, and what could not run.
+    """Make the tables of rows, one for each benchmark, and one of what could not run.
 
     Args:
         rows: The rows.
@@ -200,10 +239,10 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
                 add_row(table, *cells)
             tables.append(table)
         if part["winners"]:
-            tables[-1].caption, tables[-1].caption_justify = "\n".join(part["winners"]), "left"
+            tables[-1].caption = "\n".join(part["winners"])
     missing = absent(rows)
     if missing:
-        table = plain_table("not here", "what", "why", numbers=False)
+        table = plain_table("not available", "what", "reason", numbers=False)
         for part, reason in missing:
             add_row(table, part, reason)
         tables.append(table)

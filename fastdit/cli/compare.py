@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..generation.errors import InputError
-from .console import Screen, add_row, guarded, number, plain_table
+from .assemble import command
+from .console import Screen, add_row, number, plain_table
+from .options import OutputOptions
 
 if TYPE_CHECKING:
     from ..generation.video import VideoFile
 
 
-@guarded
+@command
 def compare(
-    a: Annotated[Path, typer.Argument(help="A video.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one, of the same size and length.", show_default=False)],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the numbers to stdout as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    a: Annotated[Path, typer.Argument(help="Video file.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Video file of the same size and length.", show_default=False)],
+    out: OutputOptions,
 ) -> None:
-    """Measure how close two videos are: PSNR and SSIM, over all frames and of the worst frame."""
+    """Measure how close two videos are: PSNR and SSIM over all frames and of the worst frame."""
     from ..generation.video import VideoFile, check_ffmpeg
 
     check_ffmpeg(writes=False)
@@ -33,16 +33,15 @@ def compare(
             f"the videos differ in size: {a} is {first.width} x {first.height}, {b} is {second.width} x "
             f"{second.height} (width x height); compare videos of one size"
         )
-    screen = Screen(quiet=quiet, as_json=as_json)
+    screen = out.screen()
     with screen.working():
         value: dict[str, Any] = {"a": str(a), "b": str(b)} | _measure(first, second, screen)
-    table = plain_table(f"{a} and {b}", "", "all frames", "worst frame", "which")
+    caption = f"{value['frames']} frames of {first.width} x {first.height}; frames count from 0"
+    table = plain_table(f"{a} and {b}", "", "all frames", "worst frame", "frame", caption=caption)
     worst = value["worst_frame"]
     for name, form in (("psnr", "{:.2f} dB"), ("ssim", "{:.4f}")):
         low = worst[name]
         add_row(table, name.upper(), number(value[name], form), number(low["value"], form), number(low["frame"], "{}"))
-    table.caption = f"{value['frames']} frames of {first.width} x {first.height}; frames count from 0"
-    table.caption_justify = "left"
     screen.result(value, table)
 
 

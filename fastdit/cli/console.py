@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import traceback
 import warnings
@@ -17,10 +18,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -29,20 +30,7 @@ from ..generation.errors import InputError
 
 NOT_MEASURED = "-"
 
-FAILED = 1
-BAD_INPUT = 2
-INTERRUPTED = 130
-
-
-class _Remaining(ProgressColumn):
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        """Show the time that is left, once a step says how long one takes."""
-        if task.finished or not task.total or not task.completed or task.elapsed is None:
-            return Text("")
-        seconds = task.elapsed / task.completed * (task.total - task.completed)
-        return Text(f"{_clock(seconds)} left", style="cyan")
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 class _Count(MofNCompleteColumn):
@@ -52,7 +40,7 @@ class _Count(MofNCompleteColumn):
 
 
 class Bar:
-    """Show how far one part of the work is: a bar on a terminal, elsewhere a line when it is done.
+    """The progress of one part of the work: a bar on a terminal, elsewhere a line when it is done.
 
     Args:
         screen: Where it is shown.
@@ -90,10 +78,10 @@ class Bar:
 
 
 class Screen:
-    """Show progress, warnings and results, or keep quiet.
+    """Progress, warnings and results on a terminal.
 
     Args:
-        quiet: Show nothing but errors.
+        quiet: Show only errors.
         as_json: Write results as JSON; nothing else goes to stdout.
         shown: False in all processes but the first.
     """
@@ -108,10 +96,11 @@ class Screen:
             BarColumn(bar_width=30),
             _Count(),
             TimeElapsedColumn(),
-            _Remaining(),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=self.quiet or not console.is_terminal,
             refresh_per_second=4,
+            speed_estimate_period=math.inf,  # one step may take minutes
         )
 
     @contextmanager
@@ -133,8 +122,30 @@ class Screen:
         """
         return Bar(self, name, total)
 
+    @contextmanager
+    def stages(self, names: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+        """Give a function that shows how far the work is: called with a stage, parts done, and parts in all.
+
+        Args:
+            names: What is shown of each stage, which has a bar of its own.
+        """
+        bars: dict[str, Bar] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                finish()
+                bars[stage] = self.start(names[stage], total)
+            bars[stage].move(done, total)
+
+        def finish() -> None:
+            while bars:
+                bars.popitem()[1].finish()
+
+        yield show
+        finish()
+
     def clear(self) -> None:
-        """Take the bars of a finished piece of work away."""
+        """Remove finished progress bars."""
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
 
@@ -183,15 +194,18 @@ def json_text(value: Any, encoding: str | None = None) -> str:
     return text
 
 
-def plain_table(title: str, *columns: str, numbers: bool = True) -> Table:
+def plain_table(title: str, *columns: str, numbers: bool = True, caption: str | None = None) -> Table:
     """Make a table.
 
     Args:
         title: Above the table.
         *columns: Headings.
         numbers: Whether all columns but the first hold numbers, which are aligned on the right.
+        caption: Below the table.
     """
-    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+    below = None if caption is None else Text(caption)
+    left: Any = {"title_justify": "left", "caption_justify": "left", "title_style": "bold", "header_style": "bold"}
+    table = Table(title=Text(title), caption=below, **left)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers and i else "left", overflow="fold")
     return table
@@ -218,12 +232,6 @@ def number(value: float | str | None, form: str = "{:.2f}") -> str:
     if value is None:
         return NOT_MEASURED
     return value if isinstance(value, str) else form.format(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def fail(message: str, code: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,179 +10,108 @@ from rich.table import Table
 
 from ..files import moved_when_complete
 from ..generation.jobs import plan_jobs, read_prompts
-from ..generation.processes import Team
 from ..generation.report import COVERS, ratio
-from . import options
 from .apart import check_apart, plan_files
-from .console import Screen, add_row, guarded, json_text, number, plain_table
-from .options import ATTENTION, MACHINE, OUTPUT, VIDEO
+from .assemble import command
+from .console import add_row, json_text, number, plain_table
+from .options import (
+    MACHINE,
+    OUTPUT,
+    SEED,
+    VIDEO,
+    MachineOptions,
+    MethodOptions,
+    Model,
+    OutputOptions,
+    VideoOptions,
+    option,
+    within,
+)
 
 
-@guarded
+@command
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file with one prompt a line, instead of PROMPT.", show_default=False)
-    ] = None,
-    model: options.Model = "demo",
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Which blocks are computed; see fastdit info (default: best known for the model).",
-            rich_help_panel=ATTENTION,
-            show_default=False,
-        ),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(help="Fraction of blocks to compute, in (0, 1].", rich_help_panel=ATTENTION, show_default=False),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Set a field of the method; may be repeated.",
-            rich_help_panel=ATTENTION,
-            show_default=False,
-        ),
-    ] = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            help="A plan that fastdit search has written, instead of a method.",
-            rich_help_panel=ATTENTION,
-            show_default=False,
-        ),
-    ] = None,
-    warmup_steps: options.WarmupSteps = None,
-    tail_steps: options.TailSteps = None,
-    dense_layers: options.DenseLayers = None,
-    refresh_steps: options.RefreshSteps = None,
-    kernel: options.Kernel = None,
-    precision: options.Precision = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    steps: options.Steps = None,
-    seed: Annotated[
-        int, typer.Option(callback=options.SEED, help="Of the noise; the same for every prompt.", rich_help_panel=VIDEO)
-    ] = 0,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            callback=options.within(1, 240),
-            help="Frames per second of the file.",
-            rich_help_panel=VIDEO,
-            show_default=False,
-        ),
-    ] = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    offload: options.Offload = "none",
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    prompts: Annotated[Path | None, option("Text file with one prompt per line, instead of PROMPT.")] = None,
+    model: Model = "demo",
+    *,
+    attention: MethodOptions,
+    video: VideoOptions,
+    seed: Annotated[int, option("Seed of the noise, the same for every prompt.", callback=SEED, panel=VIDEO)] = 0,
+    fps: Annotated[float | None, option("Frames per second of the file.", callback=within(1, 240), panel=VIDEO)] = None,
+    machine: MachineOptions,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer with torch.compile.", rich_help_panel=MACHINE)
+        bool, option("Compile the transformer with torch.compile.", "--compile", panel=MACHINE)
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "File (.mp4, .mkv, .mov) or folder (default: a file here, named after the prompt).",
             "--output",
             "-o",
-            help="A file (.mp4, .mkv, .mov) or a folder (default: here, named after the prompt).",
-            rich_help_panel=OUTPUT,
-            show_default=False,
+            panel=OUTPUT,
         ),
     ] = None,
     compare: Annotated[
         bool,
-        typer.Option(
-            "--compare",
-            help="Also make the dense video and one with both side by side; measure both.",
-            rich_help_panel=OUTPUT,
-        ),
+        option("Also make the dense video and a side-by-side video, and measure both.", "--compare", panel=OUTPUT),
     ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write all numbers to this JSON file.", rich_help_panel=OUTPUT, show_default=False),
-    ] = None,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
-    debug: options.Debug = False,
+    report: Annotated[Path | None, option("Write all numbers to this JSON file.", panel=OUTPUT)] = None,
+    out: OutputOptions,
 ) -> None:
     """Make videos with sparse attention.
 
-    Without --model the demo model that comes with fastdit is used: it needs no download and no GPU.
+    The default model is the demo model that comes with fastdit. It needs no download and no GPU.
     Under accelerate launch the prompts are divided among the processes.
     """
-    from ..generation import video
+    from ..generation.video import check_ffmpeg, check_target
 
     jobs = plan_jobs(read_prompts(prompt, prompts), output, single=prompt is not None, compare=compare)
     if report is not None:
-        video.check_target(report, None)
-    video.check_ffmpeg()
+        check_target(report, None)
+    check_ffmpeg()
 
-    from ..generation import loading as models
+    from ..generation.loading import device_name
     from ..generation.sources import find_model
-    from .settings import read_settings
 
-    settings = read_settings(
-        method=method,
-        density=density,
-        assignments=assignments or [],
-        plan=plan,
-        schedule={
-            "warmup_steps": warmup_steps,
-            "tail_steps": tail_steps,
-            "dense_layers": dense_layers,
-            "refresh_steps": refresh_steps,
-        },
-        kernel=kernel,
-        precision=precision,
-    )
-    team = Team(device)
-    device = models.choose_device((team.device or device) if device in ("auto", "cuda") else device)
-    models.check_offload(offload, device)
-    weights = models.choose_dtype(dtype, device)
+    settings = attention.read()
+    machine.check()
     source = find_model(model)
     check_apart(
         [*(named for job in jobs for named in job.files(compare=compare).items()), ("--report", report)],
-        [("--prompts", prompts), *plan_files(plan), *settings.files(), *(("--model", file) for file in source.files())],
+        [
+            ("--prompts", prompts),
+            *plan_files(attention.plan),
+            *settings.files(),
+            *(("--model", file) for file in source.files()),
+        ],
     )
 
-    from ..generation import studio as making
     from ..generation.report import summarize
+    from ..generation.studio import Studio
 
-    given = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-    }
+    team, device = machine.team, machine.device
     mine = team.share(jobs)
-    screen = Screen(quiet=quiet, as_json=as_json, shown=team.is_first)
-    found: list[dict[str, Any]] = []
-    with screen.working(), contextlib.nullcontext() if debug else models.quiet_libraries():
+    screen = out.screen(shown=team.is_first)
+    clips: list[dict[str, Any]] = []
+    with screen.working(), out.quiet_libraries():
         if mine:
             bar = screen.start("loading")
-            pipeline = models.load_model(source, device=device, dtype=weights, offload=offload, compiled=compiled)
+            pipeline = machine.load(source, compiled=compiled)
             bar.finish()
-            studio = making.Studio.open(
+            given = video.arguments()
+            studio = Studio.open(
                 pipeline, source, given, settings=settings, seed=seed, fps=fps, device=device, screen=screen
             )
-            found = [studio.make(job, compare=compare) for job in mine]
-        clips = team.gather(found)
+            clips = [studio.make(job, compare=compare) for job in mine]
+        clips = team.gather(clips)
     if team.is_first:
         about = {
             "model": model,
-            "plan": None if plan is None else str(plan),
+            "plan": None if attention.plan is None else str(attention.plan),
             "seed": seed,
-            "device": models.device_name(device),
-            "dtype": str(weights).removeprefix("torch."),
-            "offload": offload,
+            "device": device_name(device),
+            **machine.describe(),
             "compile": compiled,
         }
         value = summarize(clips, about)
@@ -195,14 +123,15 @@ def generate(
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """Show a report as tables: what was measured in all, and for each video if there are several.
+    """Make the tables of a report: one of all videos, and one of each if there are several.
 
     Args:
         report: As ``summarize`` returns it.
     """
     compared = report["dense_seconds"] is not None
     columns = ("dense", "sparse", "speed-up") if compared else ("",)
-    table = plain_table(f"{report['plan'] or report['method']} on {report['model']}", "", *columns)
+    title = f"{report['plan'] or report['method']} on {report['model']}"
+    table = plain_table(title, "", *columns, caption=f"times include {COVERS}")
 
     def row(name: str, sparse: str, dense: str = "", gain: str = "") -> None:
         add_row(table, name, *((dense, sparse, gain) if compared else (sparse,)))
@@ -223,8 +152,6 @@ def tables(report: dict[str, Any]) -> list[Table]:
     if compared:
         row("PSNR to dense", number(report["psnr"], "{:.1f} dB"))
         row("SSIM to dense", number(report["ssim"], "{:.3f}"))
-    table.caption = f"times cover {COVERS}"
-    table.caption_justify = "left"
     return [table] if len(report["clips"]) == 1 else [table, _clip_table(report["clips"])]
 
 

@@ -11,8 +11,10 @@ import typer
 from rich.table import Table
 
 from ..generation.errors import InputError, as_input_error
-from . import options
-from .console import Screen, add_row, guarded, number, plain_table
+from .assemble import command
+from .console import Screen, add_row, number, plain_table
+from .options import OUTPUT, OutputOptions, option, within
+from .settings import MOST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,42 +23,29 @@ if TYPE_CHECKING:
 
 
 EXACT, PERCENT = "{:.3f}", "{:.1%}"
+INDEX = within(0, MOST)
 
 
-@guarded
+@command
 def inspect(
-    plan: Annotated[Path, typer.Argument(help="A plan that fastdit search has written.", show_default=False)],
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            callback=options.within(0, options.MOST), help="Show only one head: that of this layer.", show_default=False
-        ),
-    ] = None,
-    head: Annotated[
-        int | None,
-        typer.Option(callback=options.within(0, options.MOST), help="Which of the layer's heads.", show_default=False),
-    ] = None,
-    transformer: Annotated[
-        str | None,
-        typer.Option(help="Which of two, such as transformer_2 (default: both).", show_default=False),
-    ] = None,
+    plan: Annotated[Path, typer.Argument(help="Plan written by fastdit search.", show_default=False)],
+    *,
+    layer: Annotated[int | None, option("Show one head: the layer it is in.", callback=INDEX)] = None,
+    head: Annotated[int | None, option("Show one head: its index in the layer.", callback=INDEX)] = None,
+    transformer: Annotated[str | None, option("Show one transformer, such as transformer_2 (default: all).")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="A folder to draw pictures (.png) into; needs matplotlib.", show_default=False
-        ),
+        Path | None, option("Draw pictures (.png) into this folder; needs matplotlib.", "--output", "-o", panel=OUTPUT)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the numbers to stdout as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    out: OutputOptions,
 ) -> None:
-    """Show what is in a plan: which method each head runs, how dense it is, and which error is expected."""
+    """Show what is in a plan: the method of each head, its density and its expected error."""
     if (layer is None) != (head is None):
-        raise InputError("--layer and --head name a head together: give both")
+        raise InputError("--layer and --head go together; pass both")
     if output is not None:
         _check_pictures(output, plan)
-    screen = Screen(quiet=quiet, as_json=as_json)
+    screen = out.screen()
     with screen.working():
+        from ..plans.contents import head_choices, layers
         from ..plans.plan import Plan
 
         with as_input_error():
@@ -64,14 +53,15 @@ def inspect(
         titles = _titles(found, transformer)
         value: dict[str, Any] = {"plan": str(plan), **about(found)}
         if layer is None or head is None:
-            value |= {"layers": {title: _layers(found, title) for title in titles}, "head": None}
+            value |= {"layers": {title: layers(found, title) for title in titles}, "head": None}
             tables = [about_table(value, plan.name), expected_table(value, "the whole plan"), methods_table(value)]
             tables += [_layer_table(title, rows) for title, rows in value["layers"].items()]
             pictures = _draw_plan(found, titles)
         else:
             place = (_only(titles), layer, head)
             _check_head(found, *place)
-            value |= {"layers": None, "head": _head(found, *place)}
+            about_head = {"transformer": place[0], "layer": layer, "head": head}
+            value |= {"layers": None, "head": {**about_head, "buckets": head_choices(found, *place)}}
             tables = [_head_table(value["head"])]
             pictures = _draw_head(found, *place)
         value["pictures"] = [] if output is None else [str(path) for path in _save(pictures, output, screen)]
@@ -97,13 +87,13 @@ def _titles(plan: Plan, asked: str | None) -> list[str]:
     if asked is None:
         return titles
     if asked not in titles:
-        raise InputError(f"the plan has nothing for {asked!r}; it has: {', '.join(titles)}")
+        raise InputError(f"the plan does not cover {asked!r}; it covers: {', '.join(titles)}")
     return [asked]
 
 
 def _only(titles: list[str]) -> str:
     if len(titles) > 1:
-        raise InputError(f"the plan is for {' and '.join(titles)}; say which one with --transformer")
+        raise InputError(f"the plan covers {' and '.join(titles)}; pass one with --transformer")
     return titles[0]
 
 
@@ -114,28 +104,15 @@ def _check_head(plan: Plan, title: str, layer: int, head: int) -> None:
             raise InputError(f"there is no {name} {value}: the plan has {count}, counted from 0")
 
 
-def _layers(plan: Plan, title: str) -> list[dict[str, Any]]:
-    from ..plans.contents import layers
-
-    return layers(plan, title)
-
-
-def _head(plan: Plan, title: str, layer: int, head: int) -> dict[str, Any]:
-    from ..plans.contents import head_choices
-
-    return {"transformer": title, "layer": layer, "head": head, "buckets": head_choices(plan, title, layer, head)}
-
-
 def _layer_table(title: str, rows: list[dict[str, Any]]) -> Table:
     sampled = _sampled(rows)
-    table = plain_table(title, "layer", "density", "error", *sampled, "same frame", "methods")
+    caption = "means over step buckets; errors of the layer's output; same frame: dense attention within a frame"
+    table = plain_table(title, "layer", "density", "error", *sampled, "same frame", "methods", caption=caption)
     table.columns[-1].justify = "left"
     for row in rows:
         methods = ", ".join(f"{share:.0%} {name}" for name, share in row["methods"].items())
         numbers = number(row["density"], "{:.3f}"), number(row["error"], "{:.1%}"), *_samples(row, sampled)
         add_row(table, str(row["layer"]), *numbers, number(row["same_frame"], "{:.0%}"), methods)
-    table.caption = "means over step buckets; errors of the layer's output; dense attention within a frame"
-    table.caption_justify = "left"
     return table
 
 
@@ -187,7 +164,7 @@ def _save(pictures: Iterator[tuple[str, Figure | None]], folder: Path, screen: S
 
     for name, figure in pictures:
         if figure is None:
-            screen.note(f"no picture of {name}: which blocks it computes depends on the video")
+            screen.note(f"no picture of {name}: its blocks depend on the video")
             continue
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.png"
@@ -273,10 +250,9 @@ def methods_table(value: dict[str, Any]) -> Table:
     Args:
         value: What ``about`` returned.
     """
-    table = plain_table("methods", "method", "heads", "density", "error")
+    caption = "errors of single heads, relative to the layer's output"
+    table = plain_table("methods", "method", "heads", "density", "error", caption=caption)
     for found in value["methods"]:
         density, error = number(found["density"], EXACT), number(found["error"], PERCENT)
         add_row(table, f"{found['index']}: {found['name']}", number(found["share"], PERCENT), density, error)
-    table.caption = "errors of single heads, relative to the layer's output"
-    table.caption_justify = "left"
     return table

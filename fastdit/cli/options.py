@@ -1,50 +1,54 @@
-"""Options that several commands share, and how they are read."""
+"""Options that several commands share, each described once."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..generation.errors import InputError, as_input_error
-from .bench_session import Session
+from ..generation.jobs import checked_text
+from ..generation.processes import Team
+from .console import Screen
+from .settings import MOST, check_kernel, read_plan, read_schedule, read_value, split_assignment
 
 if TYPE_CHECKING:
-    from ..bench.inputs.settings import Setting
-    from ..bench.model import Model
+    import torch
 
+    from ..generation.request import Settings
+    from ..generation.sources import ModelSource
 
 ATTENTION, VIDEO, MACHINE, OUTPUT = "Sparse attention", "Video", "Machine", "Output"
 
-MOST, MOST_PIXELS = 100_000, 65_536
-"""More frames, steps or pixels than these are a slip of the pen."""
-
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="JSON lines, one for each measurement.", rich_help_panel=OUTPUT)
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Keep what the file has, and measure the rest.", rich_help_panel=OUTPUT)
-]
-Against = Annotated[
-    Path | None,
-    typer.Option(
-        help="Results of an earlier run: show what changed beyond noise.", rich_help_panel=OUTPUT, show_default=False
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would run, and about how long.", rich_help_panel=OUTPUT)
-]
+MOST_PIXELS = 65_536
+"""Largest side in pixels that is not taken for a typing error."""
 
 
-def within(low: float, high: float) -> Any:
-    """Return a callback of an option that refuses numbers out of a range, and says what they were.
+def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
+    """Describe an option.
 
     Args:
-        low: The smallest.
-        high: The largest; no range has NaN in it.
+        text: Its help.
+        *names: What it is called; default: the name of the parameter.
+        panel: The part of the help page that shows it.
+        **more: Arguments of ``typer.Option``.
+    """
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def within(low: float, high: float) -> Callable[[float | None], float | None]:
+    """Make an option callback that rejects numbers outside a range, NaN included, and reports the number.
+
+    Args:
+        low: Smallest number.
+        high: Largest number.
     """
 
     def check(value: float | None) -> float | None:
@@ -55,314 +59,228 @@ def within(low: float, high: float) -> Any:
     return check
 
 
+def _readable(value: str | None) -> str | None:
+    try:
+        return None if value is None else checked_text("the text", value)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+COUNT, PIXELS = within(1, MOST), within(1, MOST_PIXELS)
 SEED = within(-(2**63), 2**64 - 1)
 """What torch takes."""
 
-Seed = Annotated[int, typer.Option(callback=SEED, help="Of everything that is random.")]
-
-COUNT = within(1, MOST)
-
-Repeats = Annotated[int, typer.Option(callback=COUNT, help="Rounds after the warm-up.")]
-Densities = Annotated[
-    str, typer.Option(help="Fractions of the pairs to compute, as in 0.1,0.2.", rich_help_panel=ATTENTION)
-]
-MaybeDensities = Annotated[
-    str | None,
-    typer.Option(
-        help="Fractions of the pairs to compute, as in 0.1,0.2 (default: those that the settings have by themselves).",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-    ),
-]
-Settings = Annotated[
-    str | None,
-    typer.Option(
-        help="Methods or plans, as in default,sla(density=0.1),plan.json (default: all).",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-    ),
-]
-Means = Annotated[
-    bool,
-    typer.Option(
-        "--means", help="Each method also with blocks that stand in by their means.", rich_help_panel=ATTENTION
-    ),
-]
+Model = Annotated[str, option("demo, a folder, or a hub id.", "--model", "-m")]
+Seed = Annotated[int, option("Random seed.", callback=SEED)]
+Densities = Annotated[str, option("Fractions of the pairs to compute, as in 0.1,0.2.", panel=ATTENTION)]
 
 
-def readable(value: str | None) -> str | None:
-    """Return a text that can be written to a file.
+@dataclass(frozen=True)
+class OutputOptions:
+    """What a command shows."""
 
-    Args:
-        value: The text; ``None`` where nothing was said.
+    quiet: Annotated[bool, option("Show only errors.", "--quiet", "-q", panel=OUTPUT)] = False
+    as_json: Annotated[bool, option("Write the results to stdout as JSON.", "--json", panel=OUTPUT)] = False
+    debug: Annotated[bool, option("Show the traceback of an error.", "--debug", panel=OUTPUT)] = False
 
-    Raises:
-        BadParameter: It has bytes that are no letters.
-    """
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError as error:
-        raise typer.BadParameter(f"{value!r} has bytes that are not text in UTF-8.") from error
-    return value
+    def screen(self, *, shown: bool = True) -> Screen:
+        """Open the screen.
 
+        Args:
+            shown: False in all processes but the first.
+        """
+        return Screen(quiet=self.quiet, as_json=self.as_json, shown=shown)
 
-def _unset(*names: str, **about: Any) -> Any:
-    """Return an option that the user leaves to the model by saying nothing."""
-    return typer.Option(*names, show_default=False, **about)
+    def quiet_libraries(self) -> contextlib.AbstractContextManager[None]:
+        """Silence diffusers and transformers, unless errors are being debugged."""
+        from ..generation.loading import quiet_libraries
 
-
-Model = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a hub id.")]
-
-WarmupSteps = Annotated[
-    str | None,
-    _unset(
-        help="First steps kept dense: a count, or a fraction as in 0.25.", metavar="STEPS", rich_help_panel=ATTENTION
-    ),
-]
-TailSteps = Annotated[
-    str | None,
-    _unset(help="Last steps kept dense: a count or a fraction.", metavar="STEPS", rich_help_panel=ATTENTION),
-]
-DenseLayers = Annotated[
-    str | None, _unset(help="Layers kept dense, as in 0,1,-1.", metavar="LAYERS", rich_help_panel=ATTENTION)
-]
-RefreshSteps = Annotated[
-    str | None,
-    _unset(
-        help="Rebuild masks every so many steps, or at the steps listed.", metavar="STEPS", rich_help_panel=ATTENTION
-    ),
-]
-Kernel = Annotated[str | None, _unset(help="What computes the blocks; see fastdit info.", rich_help_panel=ATTENTION)]
-Precision = Annotated[
-    Literal["int8", "int8_fp8"] | None, _unset(help="Products in low precision.", rich_help_panel=ATTENTION)
-]
-
-Height = Annotated[int | None, _unset(callback=within(1, MOST_PIXELS), help="Pixels.", rich_help_panel=VIDEO)]
-Width = Annotated[int | None, _unset(callback=within(1, MOST_PIXELS), help="Pixels.", rich_help_panel=VIDEO)]
-Frames = Annotated[int | None, _unset(callback=COUNT, help="Length of the video.", rich_help_panel=VIDEO)]
-Steps = Annotated[int | None, _unset(callback=COUNT, help="Denoising steps.", rich_help_panel=VIDEO)]
-Guidance = Annotated[
-    float | None,
-    _unset(callback=within(0, sys.float_info.max), help="How strongly the prompt is followed.", rich_help_panel=VIDEO),
-]
-NegativePrompt = Annotated[
-    str | None, _unset(callback=readable, help="What the video shall not show.", rich_help_panel=VIDEO)
-]
-
-Dtype = Annotated[
-    Literal["auto", "float32", "float16", "bfloat16"],
-    typer.Option(help="Of the weights; auto is bfloat16 on CUDA, else float32.", rich_help_panel=MACHINE),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", rich_help_panel=MACHINE)]
-Offload = Annotated[
-    Literal["none", "model", "sequential", "group"],
-    typer.Option(help="Keep weights on the CPU until they are needed.", rich_help_panel=MACHINE),
-]
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.", rich_help_panel=OUTPUT)]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Write all numbers to stdout as JSON, and nothing else.", rich_help_panel=OUTPUT)
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.", rich_help_panel=OUTPUT)]
+        return contextlib.nullcontext() if self.debug else quiet_libraries()
 
 
-def open_session(
-    output: Output,
-    resume: Resume = False,
-    against: Against = None,
-    dry_run: DryRun = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> Session:
-    """Check what all benchmarks are told.
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where tensors are, and their dtype."""
 
-    Args:
-        output: File of rows.
-        resume: Whether rows that are there are kept.
-        against: File of rows to compare with.
-        dry_run: Whether only to say what would run.
-        seed: Of everything that is random.
-        device: ``"auto"`` or a torch device.
-        dtype: One of ``DTYPES`` of the models.
-        quiet: Show nothing but errors.
-        as_json: Write results as JSON.
-        debug: Show where errors came from.
-    """
-    from ..generation.loading import choose_device
-    from ..generation.processes import Team
-    from ..generation.video import check_target
-    from .console import Screen
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        option("Weight dtype; auto is bfloat16 on CUDA and float32 elsewhere.", panel=MACHINE),
+    ] = "auto"
+    asked: Annotated[str, option("auto, cpu, cuda or cuda:0.", "--device", panel=MACHINE)] = "auto"
 
-    check_target(output, None)
-    team = Team(device)
-    device = choose_device((team.device or device) if device in ("auto", "cuda") else device)
-    screen = Screen(quiet=quiet, as_json=as_json, shown=team.is_first)
-    return Session(output, resume, against, dry_run, seed, device, dtype, screen, team, debug)
+    @cached_property
+    def team(self) -> Team:
+        """Return the processes that share the work."""
+        return Team(self.asked)
+
+    @cached_property
+    def device(self) -> str:
+        """Return the device of this process."""
+        from ..generation.loading import choose_device
+
+        return choose_device((self.team.device or self.asked) if self.asked in ("auto", "cuda") else self.asked)
+
+    @cached_property
+    def weights(self) -> torch.dtype:
+        """Return the dtype of the weights."""
+        from ..generation.loading import choose_dtype
+
+        return choose_dtype(self.dtype, self.device)
 
 
-def check_files(
-    session: Session,
-    settings: Sequence[Setting] = (),
-    model: Model | None = None,
-    *,
-    prompts: Path | None = None,
-    videos: Path | None = None,
-    page: Path | None = None,
-) -> None:
-    """Check that nothing is written over what is read or written elsewhere, nor over files of another run.
+@dataclass(frozen=True)
+class MachineOptions(DeviceOptions):
+    """Where a pipeline runs."""
+
+    offload: Annotated[
+        Literal["none", "model", "sequential", "group"],
+        option("Keep weights on the CPU until they are needed.", panel=MACHINE),
+    ] = "none"
+
+    def check(self) -> None:
+        """Check that the device exists and that the offload works on it."""
+        from ..generation.loading import check_offload
+
+        check_offload(self.offload, self.device)
+
+    def load(self, source: ModelSource, *, compiled: bool = False) -> Any:
+        """Load a pipeline.
+
+        Args:
+            source: Where the pipeline is.
+            compiled: Whether its transformers are compiled.
+        """
+        from ..generation.loading import load_model
+
+        return load_model(source, device=self.device, dtype=self.weights, offload=self.offload, compiled=compiled)
+
+    def describe(self) -> dict[str, str]:
+        """Return what reports say of it."""
+        return {"dtype": str(self.weights).removeprefix("torch."), "offload": self.offload}
+
+
+_STEPS: dict[str, Any] = {"metavar": "STEPS", "panel": ATTENTION}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Which steps are dense, and when masks are rebuilt."""
+
+    warmup_steps: Annotated[
+        str | None, option("Number of first steps kept dense, or a fraction as in 0.25.", **_STEPS)
+    ] = None
+    tail_steps: Annotated[str | None, option("Number of last steps kept dense, or a fraction.", **_STEPS)] = None
+    refresh_steps: Annotated[str | None, option("Rebuild masks every N steps, or at the listed steps.", **_STEPS)] = (
+        None
+    )
+
+    def read(self) -> dict[str, Any]:
+        """Return the fields of ``Schedule`` that were given."""
+        return read_schedule(vars(self))
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(StepOptions):
+    """Which steps and layers are dense, and when masks are rebuilt."""
+
+    dense_layers: Annotated[
+        str | None, option("Layers kept dense, as in 0,1,-1.", metavar="LAYERS", panel=ATTENTION)
+    ] = None
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """How blocks are computed; every field is a keyword of ``enable_sparse_attention``."""
+
+    kernel: Annotated[str | None, option("Kernel that computes the blocks; see fastdit info.", panel=ATTENTION)] = None
+    precision: Annotated[
+        Literal["int8", "int8_fp8"] | None, option("Low precision of the matrix products.", panel=ATTENTION)
+    ] = None
+
+    def read(self) -> dict[str, Any]:
+        """Return the keywords, once the kernel is known to run here."""
+        check_kernel(self.kernel)
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """A method or a plan, its schedule and its kernel.
 
     Args:
-        session: What was asked for.
-        settings: The settings, of which some are plans.
-        model: The pipeline.
-        prompts: File of prompts.
-        videos: Folder of videos.
-        page: File of the report.
-
-    Raises:
-        InputError: Something would be, or the folder cannot be written.
+        schedule: Dense steps and layers, and when masks are rebuilt.
+        kernel: How blocks are computed.
     """
-    from ..generation.video import check_folder, check_name
-    from .apart import check_apart, plan_files
 
-    plans = (Path(setting.fields["path"]) for setting in settings if setting.method == "plan")
-    read = [("--prompts", prompts)]
-    read += [named for plan in plans for named in plan_files(plan, "--settings")]
-    read += [] if model is None else [("--model", file) for file in model.source.files()]
-    new = [("--videos", videos), ("the report", page)]
-    check_apart([("--output", session.output), *new], read)
-    check_apart(new, [("--against", session.against)])  # rows may be added to those that they are compared with
-    for path in (videos, page):
-        if path is not None:
-            check_name(path)
-    if videos is not None:
-        check_folder(next(place for place in (videos, *videos.parents) if place.exists()), option="--videos")
-    for path in (videos, page) if not session.resume and not session.dry_run else ():
-        if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
-            raise InputError(f"{path} is there already; go on with it by --resume, or name another with --output")
+    method: Annotated[
+        str | None,
+        option("Which blocks are computed; see fastdit info (default: the best known for the model).", panel=ATTENTION),
+    ] = None
+    density: Annotated[float | None, option("Fraction of blocks to compute, in (0, 1].", panel=ATTENTION)] = None
+    assignments: Annotated[
+        list[str] | None,
+        option("Set a field of the method; repeatable.", "--set", metavar="NAME=VALUE", panel=ATTENTION),
+    ] = None
+    plan: Annotated[Path | None, option("Plan written by fastdit search, instead of a method.", panel=ATTENTION)] = None
+    schedule: ScheduleOptions = ScheduleOptions()
+    kernel: KernelOptions = KernelOptions()
 
+    def read(self) -> Settings:
+        """Check what was asked, without a model.
 
-def split(text: str) -> list[str]:
-    """Split a list at its commas.
+        Raises:
+            InputError: Something is unknown, malformed or out of range.
+        """
+        from ..attention import get_method, method_class
+        from ..attention.method import check_density
+        from ..generation.request import Settings
 
-    Args:
-        text: Such as ``"draft, sla"``.
-    """
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def read_settings(texts: str | None, *, means: bool, schedule: dict[str, Any] | None = None) -> list[Setting]:
-    """Read settings from a list.
-
-    Args:
-        texts: What ``find_settings`` reads, separated by commas; ``None`` for all.
-        means: Whether each is listed a second time with blocks that stand in by their means.
-        schedule: Fields of ``Schedule`` that all of them get.
-
-    Raises:
-        InputError: There is no such setting.
-    """
-    from ..bench.inputs.settings import find_settings
-    from ..search.candidates import split_candidates
-
-    with as_input_error():
-        found = find_settings(None if texts is None else split_candidates(texts), means=means)
-        return [setting.changed(**schedule or {}) for setting in found]
-
-
-def read_densities(text: str) -> list[float]:
-    """Read fractions from text.
-
-    Args:
-        text: Such as ``"0.1, 0.2"``.
-
-    Raises:
-        InputError: One is no fraction in (0, 1].
-    """
-    from ..attention.method import check_density
-
-    try:
-        values = [float(part) for part in split(text)]
-    except ValueError as error:
-        raise InputError(f"densities are numbers separated by commas, as in 0.1,0.2; got {text!r}") from error
-    with as_input_error():
-        for value in values:
-            check_density(value)
-    if not values:
-        raise InputError("there is no density; write --densities 0.1,0.2")
-    return values
+        method, plan, values = self.method, self.plan, {}
+        if plan is not None and (method is not None or self.density is not None or self.assignments):
+            raise InputError("a plan sets what every head runs: leave out --method, --density and --set, or --plan")
+        if method is not None and method.endswith(".json"):
+            raise InputError(f"{method} is a file name; pass a plan with --plan")
+        if self.density is not None:
+            with as_input_error():
+                check_density(self.density)
+            values["density"] = self.density
+        if self.assignments and method is None:
+            raise InputError(f"--set {self.assignments[0]} needs a method; pass one with --method")
+        if method is not None:
+            with as_input_error():
+                cls = method_class(method)
+                kinds = typing.get_type_hints(cls)
+                for assignment in self.assignments or []:
+                    name, text = split_assignment(assignment)
+                    known = {f.name for f in fields(cls)}
+                    values[name] = read_value(name, text, kinds[name]) if name in known else text
+                get_method(method, **values)
+        computing = self.kernel.read()
+        return Settings(method if plan is None else read_plan(plan), values, self.schedule.read(), computing)
 
 
-def read_blocks(text: str) -> tuple[int, int]:
-    """Read the size of blocks.
+@dataclass(frozen=True)
+class SizeOptions:
+    """Size and length of a video, and how it is denoised."""
 
-    Args:
-        text: Such as ``"128x64"``.
+    height: Annotated[int | None, option("Height in pixels.", callback=PIXELS, panel=VIDEO)] = None
+    width: Annotated[int | None, option("Width in pixels.", callback=PIXELS, panel=VIDEO)] = None
+    frames: Annotated[int | None, option("Number of frames.", callback=COUNT, panel=VIDEO)] = None
+    steps: Annotated[int | None, option("Number of denoising steps.", callback=COUNT, panel=VIDEO)] = None
+    guidance: Annotated[
+        float | None, option("Guidance scale.", callback=within(0, sys.float_info.max), panel=VIDEO)
+    ] = None
 
-    Raises:
-        InputError: It is no such thing.
-    """
-    try:
-        queries, keys = (int(part) for part in text.split("x"))
-    except ValueError as error:
-        raise InputError(f"blocks are QUERIESxKEYS, as in 128x64; got {text!r}") from error
-    if min(queries, keys) < 1 or max(queries, keys) > MOST:
-        raise InputError(f"blocks hold at least one query and one key, and at most {MOST}, got {text!r}")
-    return queries, keys
-
-
-def read_steps(
-    warmup_steps: WarmupSteps = None,
-    tail_steps: TailSteps = None,
-    dense_layers: DenseLayers = None,
-    refresh_steps: RefreshSteps = None,
-) -> dict[str, Any]:
-    """Return the fields of ``Schedule`` that were given.
-
-    Args:
-        warmup_steps: First steps kept dense, as text; ``None`` where nothing was said, like the others.
-        tail_steps: Last steps kept dense.
-        dense_layers: Layers kept dense.
-        refresh_steps: When masks are rebuilt.
-
-    Raises:
-        InputError: One is malformed or out of range.
-    """
-    from .settings import read_schedule
-
-    given = {
-        "warmup_steps": warmup_steps,
-        "tail_steps": tail_steps,
-        "dense_layers": dense_layers,
-        "refresh_steps": refresh_steps,
-    }
-    return read_schedule(given)
+    def arguments(self) -> dict[str, Any]:
+        """Return the keywords of a pipeline's call; ``None`` where the model decides."""
+        keywords = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+        return {keywords.get(name, name): value for name, value in vars(self).items()}
 
 
-def read_size(
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-) -> dict[str, Any]:
-    """Return the keywords of a pipeline's call.
+@dataclass(frozen=True)
+class VideoOptions(SizeOptions):
+    """What is passed to a pipeline beside the prompt."""
 
-    Args:
-        height: Pixels; ``None`` where nothing was said, like the others.
-        width: Pixels.
-        frames: Length of the video.
-        steps: Denoising steps.
-        guidance: How strongly the prompt is followed, at least 0.
-    """
-    return {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-    }
+    negative_prompt: Annotated[
+        str | None, option("What the video should not show.", callback=_readable, panel=VIDEO)
+    ] = None

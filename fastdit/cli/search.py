@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from ..generation.errors import InputError, as_input_error
-from . import options
-from .console import Bar, Screen, guarded
-from .options import ATTENTION, OUTPUT, VIDEO
+from .assemble import command
+from .console import Screen
+from .options import (
+    ATTENTION,
+    COUNT,
+    OUTPUT,
+    SEED,
+    VIDEO,
+    KernelOptions,
+    MachineOptions,
+    Model,
+    OutputOptions,
+    StepOptions,
+    VideoOptions,
+    option,
+)
 
 if TYPE_CHECKING:
     from ..search.sampling import Sampling
 
 
-LIMIT = "Limit: one of"
+LIMIT, CANDIDATES = "Limit (pass one)", "Candidates"
 LIMITS = ("budget", "target_speedup", "max_error")
-CHOICE = "What there is to choose from"
 STAGES = {"cost": "timing", "calibrate": "calibrating", "capture": "scoring", "solve": "solving"}
 
 DEMO_PROMPTS = (
@@ -30,137 +40,95 @@ DEMO_PROMPTS = (
     "a white triangle bouncing on a gradient purple background",
     "a blue circle growing on a black background",
 )
-"""What the demo model knows: shapes of one colour that move."""
+"""Prompts the demo model knows: shapes of one colour that move."""
 
 
-@guarded
+@dataclass(frozen=True)
+class LimitOptions:
+    """What a plan may cost, or how far it may err; every field is a keyword of ``search``."""
+
+    budget: Annotated[
+        float | None, option("Mean density of the sparse calls, in (0, 1] (default: 0.25).", panel=LIMIT)
+    ] = None
+    target_speedup: Annotated[
+        float | None, option("Dense over sparse time of the attention of a whole run.", panel=LIMIT)
+    ] = None
+    end_to_end: Annotated[
+        bool, option("Apply --target-speedup to all of denoising, not to attention.", "--end-to-end", panel=LIMIT)
+    ] = False
+    max_error: Annotated[float | None, option("Relative RMS error of a layer's output: 0.1 is 10 %.", panel=LIMIT)] = (
+        None
+    )
+
+    @property
+    def given(self) -> bool:
+        """Return whether there is a limit."""
+        return any(getattr(self, name) is not None for name in LIMITS)
+
+
+@command
 def search(
-    model: options.Model = "demo",
+    model: Model = "demo",
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="A text file with one prompt a line, like those that the plan is for (default: four built-in ones).",
-            show_default=False,
-        ),
+        option("Text file with one prompt per line, like those the plan is for (default: four built-in prompts)."),
     ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Mean density of the sparse calls, in (0, 1] (default: 0.25).",
-            rich_help_panel=LIMIT,
-            show_default=False,
-        ),
-    ] = None,
-    target_speedup: Annotated[
-        float | None,
-        typer.Option(
-            help="How many times as fast as dense the attention of a whole run shall be.",
-            rich_help_panel=LIMIT,
-            show_default=False,
-        ),
-    ] = None,
-    end_to_end: Annotated[
-        bool,
-        typer.Option(
-            "--end-to-end", help="Let --target-speedup mean all denoising, not attention.", rich_help_panel=LIMIT
-        ),
-    ] = False,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Relative error of a layer's output, root mean square: 0.1 is 10 %.",
-            rich_help_panel=LIMIT,
-            show_default=False,
-        ),
-    ] = None,
+    *,
+    limit: LimitOptions,
     candidates: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Methods, as in 'draft, radial, draft(density=0.1)' (default: all, at a few densities).",
             metavar="METHODS",
-            help="Methods, as in 'draft, radial, draft(density=0.1)' (default: all, at a few densities).",
-            rich_help_panel=CHOICE,
-            show_default=False,
+            panel=CANDIDATES,
         ),
     ] = None,
     preset: Annotated[
-        Literal["sparse-vdit", "paro"] | None,
-        typer.Option(help="The procedure of a paper instead.", rich_help_panel=CHOICE, show_default=False),
+        Literal["sparse-vdit", "paro"] | None, option("Use the procedure of a paper instead.", panel=CANDIDATES)
     ] = None,
     max_kinds: Annotated[
         int | None,
-        typer.Option(
-            callback=options.COUNT,
-            help="How many of them the heads of a layer may use; not by a preset's own rule.",
-            rich_help_panel=CHOICE,
-            show_default=False,
+        option(
+            "Number of different candidates that the heads of a layer may use; not with a preset's own rule.",
+            callback=COUNT,
+            panel=CANDIDATES,
         ),
     ] = None,
     cost_model: Annotated[
         Path | None,
-        typer.Option(
-            help="Times of another device: a plan that was searched there, or plan.scores/cost-*.json "
-            "(default: this device is timed).",
-            rich_help_panel=CHOICE,
-            show_default=False,
+        option(
+            "Timings of another device: a plan searched there, or plan.scores/cost-*.json (default: time this device).",
+            panel=CANDIDATES,
         ),
     ] = None,
-    warmup_steps: options.WarmupSteps = None,
-    tail_steps: options.TailSteps = None,
-    refresh_steps: options.RefreshSteps = None,
+    schedule: StepOptions,
     buckets: Annotated[
         int | None,
-        typer.Option(
-            callback=options.COUNT,
-            help="Parts of the run that may have methods of their own (default: 3).",
-            rich_help_panel=ATTENTION,
-            show_default=False,
-        ),
+        option("Number of step ranges with methods of their own (default: 3).", callback=COUNT, panel=ATTENTION),
     ] = None,
     samples: Annotated[
-        int | None,
-        typer.Option(
-            callback=options.COUNT,
-            help="Steps of each part to look at (default: 1).",
-            rich_help_panel=ATTENTION,
-            show_default=False,
-        ),
+        int | None, option("Number of steps to score in each step range (default: 1).", callback=COUNT, panel=ATTENTION)
     ] = None,
-    kernel: options.Kernel = None,
-    precision: options.Precision = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    steps: options.Steps = None,
+    kernel: KernelOptions,
+    video: VideoOptions,
     seed: Annotated[
-        int,
-        typer.Option(
-            callback=options.SEED, help="Of the noise of the first prompt; others have the next.", rich_help_panel=VIDEO
-        ),
+        int, option("Seed of the first prompt's noise; each further prompt adds 1.", callback=SEED, panel=VIDEO)
     ] = 0,
-    guidance: options.Guidance = None,
-    negative_prompt: options.NegativePrompt = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    offload: options.Offload = "none",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", rich_help_panel=OUTPUT)] = Path(
-        "plan.json"
-    ),
+    machine: MachineOptions,
+    output: Annotated[Path, option("Plan file to write.", "--output", "-o", panel=OUTPUT)] = Path("plan.json"),
     folder: Annotated[
         Path | None,
-        typer.Option(
-            help="Where scores are kept, to go on from after a break (default: beside the plan); not with paro.",
-            rich_help_panel=OUTPUT,
-            show_default=False,
+        option(
+            "Where scores are kept, to resume from (default: beside the plan); not with paro.",
+            panel=OUTPUT,
         ),
     ] = None,
-    quiet: options.Quiet = False,
-    as_json: options.AsJson = False,
-    debug: options.Debug = False,
+    out: OutputOptions,
 ) -> None:
-    """Find the method and parameters for every layer and head that err least within a limit, and write them to a plan.
+    """Find the method and parameters of every layer and head with the least error within a limit, and write a plan.
 
-    A video of each prompt is made with dense attention, and at some steps all candidates are scored beside it.
-    Interrupted, the same command goes on from the scores taken so far; with another limit it takes no new ones.
+    One dense video is made for each prompt, and all candidates are scored beside it at some steps.
+    After an interruption the same command resumes from the scores so far. Another limit needs no new scores.
     """
     from ..generation.jobs import read_prompts
     from ..generation.video import check_folder, check_target
@@ -168,30 +136,24 @@ def search(
 
     texts = None if prompts is None else read_prompts(None, prompts)
     check_target(output, (".json",))
-    wanted = {"budget": budget, "target_speedup": target_speedup, "max_error": max_error, "end_to_end": end_to_end}
-    listed = _check_request(wanted, candidates, preset, max_kinds=max_kinds, cost=cost_model, folder=folder)
+    listed = _check_request(limit, candidates, preset, max_kinds=max_kinds, cost=cost_model, folder=folder)
     if folder is None and preset != "paro":  # which keeps no scores
         folder = output.with_suffix(".scores")
     if folder is not None:
         check_folder(folder, new=True, option="--folder")
 
-    from ..generation import loading as models
     from ..generation.sources import DEMO, find_model
     from ..plans.stored_methods import masks_name
     from ..search.cost import CostModel
     from ..search.search import PROMPTS, check_seed
-    from .settings import check_kernel, read_schedule
 
     with as_input_error():
         if preset == "paro":  # masks go beside the plan
             masks_name(output, "0" * 64)
-    schedule = read_schedule({"warmup_steps": warmup_steps, "tail_steps": tail_steps, "refresh_steps": refresh_steps})
-    check_kernel(kernel)
+    steps, computing = schedule.read(), kernel.read()
     with as_input_error():
         times = None if cost_model is None else CostModel.load(cost_model)
-    device = models.choose_device(device)
-    models.check_offload(offload, device)
-    weights = models.choose_dtype(dtype, device)
+    machine.check()
     source = find_model(model)
     check_apart(
         [("--output", output), ("--folder", folder)],
@@ -207,36 +169,27 @@ def search(
     from ..generation.studio import call_arguments
     from .inspect import about, expected_table, methods_table
 
-    given = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-    }
-    screen = Screen(quiet=quiet, as_json=as_json)
-    with screen.working(), contextlib.nullcontext() if debug else models.quiet_libraries():
+    screen = out.screen()
+    with screen.working(), out.quiet_libraries():
         bar = screen.start("loading")
-        pipeline = models.load_model(source, device=device, dtype=weights, offload=offload, compiled=False)
+        pipeline = machine.load(source)
         bar.finish()
-        arguments = call_arguments(pipeline, source, given)
+        arguments = call_arguments(pipeline, source, video.arguments())
         check_sizes(pipeline, arguments)
         start = time.perf_counter()
-        with as_input_error(), _kept(folder, screen), _Stages(screen) as progress:
+        with as_input_error(), _kept(folder, screen), screen.stages(STAGES) as progress:
             from ..search.search import search as find
 
             plan = find(
                 pipeline,
                 texts,
-                **wanted,
+                **vars(limit),
                 candidates=listed,
                 preset=preset,
-                sampling=_sampling(pipeline, preset, wanted, schedule, buckets, samples),
+                sampling=_sampling(pipeline, preset, limit, steps, buckets=buckets, per_bucket=samples),
                 arguments=arguments,
                 seed=seed,
-                kernel=kernel,
-                precision=precision,
+                **computing,
                 max_kinds=max_kinds,
                 cost=times,
                 folder=folder,
@@ -249,7 +202,7 @@ def search(
             "scores": None if folder is None else str(folder),
             "model": model,
             "seed": seed,
-            "dtype": str(weights).removeprefix("torch."),
+            "dtype": machine.describe()["dtype"],
             "search_seconds": time.perf_counter() - start,
             **about(plan),
             "versions": versions(),
@@ -257,84 +210,39 @@ def search(
     screen.result(value, expected_table(value, output.name), methods_table(value))
 
 
-def _check_request(
-    wanted: dict[str, Any], candidates: str | None, preset: str | None, **others: Any
-) -> list[str] | None:
+def _check_request(limit: LimitOptions, candidates: str | None, preset: str | None, **others: Any) -> list[str] | None:
     """Check what can be checked without a model, and return the candidates that are named."""
     from ..search.allocation import Target
     from ..search.candidates import make_candidates, split_candidates
     from ..search.search import check_preset
 
     if candidates is not None and preset is not None:
-        raise InputError(f"the preset {preset} has candidates of its own: leave out --preset or --candidates")
+        raise InputError(f"the preset {preset} has its own candidates: leave out --preset or --candidates")
     listed = None if candidates is None else split_candidates(candidates)
     with as_input_error():
         make_candidates(listed)
-        check_preset(preset, [wanted[name] for name in LIMITS], **others)
-        if wanted["end_to_end"] or _limited(wanted):
-            Target(wanted["budget"], wanted["target_speedup"], wanted["max_error"], wanted["end_to_end"])
+        check_preset(preset, [getattr(limit, name) for name in LIMITS], **others)
+        if limit.end_to_end or limit.given:
+            Target(limit.budget, limit.target_speedup, limit.max_error, limit.end_to_end)
     return listed
 
 
-def _limited(wanted: dict[str, Any]) -> bool:
-    return any(wanted[name] is not None for name in LIMITS)
-
-
 def _sampling(
-    pipeline: Any,
-    preset: str | None,
-    wanted: dict[str, Any],
-    schedule: dict[str, Any],
-    buckets: int | None,
-    samples: int | None,
+    pipeline: Any, preset: str | None, limit: LimitOptions, schedule: dict[str, Any], **own: int | None
 ) -> Sampling:
     from ..search.search import default_sampling
 
-    own = {name: value for name, value in (("buckets", buckets), ("per_bucket", samples)) if value is not None}
-    default = default_sampling(pipeline, preset, limited=_limited(wanted))
-    return replace(default, schedule=replace(default.schedule, **schedule), **own)
+    default = default_sampling(pipeline, preset, limited=limit.given)
+    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    return replace(default, schedule=replace(default.schedule, **schedule), **given)
 
 
 @contextlib.contextmanager
 def _kept(folder: Path | None, screen: Screen) -> Any:
-    """Say after a failure what was not lost."""
+    """Name the folder of scores after a failure."""
     try:
         yield
     except BaseException:
         if folder is not None and folder.is_dir() and any(folder.iterdir()):
-            screen.note(f"the scores taken so far are in {folder}; the same command goes on from there")
+            screen.note(f"the scores so far are in {folder}; run the same command to resume")
         raise
-
-
-class _Stages:
-    """Show each stage of a search as a bar of its own.
-
-    Args:
-        screen: Where they are shown.
-    """
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self._name = ""
-        self._bar: Bar | None = None
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None and kind is None:
-            self._bar.finish()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is.
-
-        Args:
-            stage: Its name.
-            done: Work that is done.
-            total: Estimate of all work, itself at least as much.
-        """
-        if self._bar is None or stage != self._name:
-            if self._bar is not None:
-                self._bar.finish()
-            self._name, self._bar = stage, self._screen.start(STAGES[stage], total)
-        self._bar.move(done, total)

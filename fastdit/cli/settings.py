@@ -1,80 +1,31 @@
-"""What the user asked of sparse attention: method, its fields and the schedule, read from text and checked."""
+"""What the user asks of sparse attention, read from text and checked."""
 
 from __future__ import annotations
 
 import contextlib
 import types
 import typing
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..generation.errors import InputError, as_input_error
-from ..generation.request import Settings
 
 if TYPE_CHECKING:
     from ..plans.plan import Plan
 
 
-def read_settings(
-    *,
-    method: str | None,
-    density: float | None,
-    assignments: list[str],
-    plan: Path | None = None,
-    schedule: dict[str, str | None],
-    kernel: str | None,
-    precision: str | None,
-) -> Settings:
-    """Check what was asked, without a model.
-
-    Args:
-        method: Name of a method.
-        density: Fraction of blocks to keep, in (0, 1].
-        assignments: ``name=value`` each, for fields of the method.
-        plan: File of a plan that is run instead of a method.
-        schedule: Fields of ``Schedule`` as text; ``None`` where nothing was said.
-        kernel: Name of a kernel.
-        precision: Low precision of products.
-
-    Raises:
-        InputError: Something is unknown, malformed or out of range.
-    """
-    from ..attention import get_method, method_class
-    from ..attention.method import check_density
-
-    values: dict[str, Any] = {}
-    if plan is not None and (method is not None or density is not None or assignments):
-        raise InputError("a plan says what every head runs: leave out --method, --density and --set, or --plan")
-    if method is not None and method.endswith(".json"):
-        raise InputError(f"{method} is the name of a file; a plan is given with --plan")
-    if density is not None:
-        with as_input_error():
-            check_density(density)
-        values["density"] = density
-    if assignments and method is None:
-        raise InputError(f"--set {assignments[0]} belongs to a method; say which one with --method")
-    if method is not None:
-        with as_input_error():
-            cls = method_class(method)
-            kinds = typing.get_type_hints(cls)
-            for assignment in assignments:
-                name, text = _split(assignment)
-                known = {f.name for f in fields(cls)}
-                values[name] = read_value(name, text, kinds[name]) if name in known else text
-            get_method(method, **values)
-    check_kernel(kernel)
-    return Settings(method if plan is None else _read_plan(plan), values, read_schedule(schedule), kernel, precision)
+MOST = 100_000
+"""Largest count of frames, steps, prompts or tokens of a block that is not taken for a typing error."""
 
 
 def check_kernel(kernel: str | None) -> None:
     """Check that a kernel can run here.
 
     Args:
-        kernel: Its name; ``None`` lets fastdit choose.
+        kernel: Name of the kernel; ``None`` chooses one.
 
     Raises:
-        InputError: It is unknown, or cannot.
+        InputError: The kernel is unknown or cannot run.
     """
     from ..attention.kernels.dispatch import explain_kernels
 
@@ -91,7 +42,7 @@ def read_schedule(given: dict[str, str | None]) -> dict[str, Any]:
     """Read fields of ``Schedule`` from text.
 
     Args:
-        given: Names and texts; ``None`` where nothing was said.
+        given: Names and texts; ``None`` for an option that was not given.
 
     Raises:
         InputError: One is malformed or out of range.
@@ -109,12 +60,12 @@ def read_value(name: str, text: str, kind: Any) -> Any:
     """Read a value of a given type from text.
 
     Args:
-        name: What it is for, to be named in the error.
+        name: Name of the value, for the error.
         text: The text; parts of a tuple are separated by commas.
         kind: The type: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, a tuple of those, or a union.
 
     Raises:
-        InputError: The text is none of that type.
+        InputError: The text is not of that type.
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -147,14 +98,77 @@ def read_value(name: str, text: str, kind: Any) -> Any:
     raise InputError(f"{name} must be {_spell(kind)}, got {text!r}")
 
 
-def _read_plan(path: Path) -> Plan:
+def split(text: str) -> list[str]:
+    """Split a list at its commas.
+
+    Args:
+        text: Such as ``"draft, sla"``.
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def read_densities(text: str) -> list[float]:
+    """Read densities from text.
+
+    Args:
+        text: Such as ``"0.1, 0.2"``.
+
+    Raises:
+        InputError: One is not a number in (0, 1], or there are none.
+    """
+    from ..attention.method import check_density
+
+    try:
+        values = [float(part) for part in split(text)]
+    except ValueError as error:
+        raise InputError(f"densities are numbers separated by commas, as in 0.1,0.2; got {text!r}") from error
+    with as_input_error():
+        for value in values:
+            check_density(value)
+    if not values:
+        raise InputError("--densities is empty; pass some, as in --densities 0.1,0.2")
+    return values
+
+
+def read_blocks(text: str) -> tuple[int, int]:
+    """Read a block size from text.
+
+    Args:
+        text: Such as ``"128x64"``.
+
+    Raises:
+        InputError: The text has another form, or a number is out of range.
+    """
+    try:
+        queries, keys = map(int, text.split("x"))
+    except ValueError as error:
+        raise InputError(f"blocks are QUERIESxKEYS, as in 128x64; got {text!r}") from error
+    if not (1 <= queries <= MOST and 1 <= keys <= MOST):
+        raise InputError(f"blocks hold at least one query and one key, and at most {MOST}, got {text!r}")
+    return queries, keys
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Args:
+        path: The file.
+    """
     from ..plans.plan import Plan
 
     with as_input_error():
         return Plan.load(path)
 
 
-def _split(assignment: str) -> tuple[str, str]:
+def split_assignment(assignment: str) -> tuple[str, str]:
+    """Split ``name=value``.
+
+    Args:
+        assignment: The text.
+
+    Raises:
+        InputError: There is no name or no ``=``.
+    """
     name, equals, text = assignment.partition("=")
     if not equals or not name.strip():
         raise InputError(f"--set takes name=value, got {assignment!r}; fastdit info lists the fields of each method")

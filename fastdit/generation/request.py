@@ -1,4 +1,4 @@
-"""What the user asked of sparse attention."""
+"""Arguments of ``enable_sparse_attention``, kept until there is a pipeline."""
 
 from __future__ import annotations
 
@@ -17,24 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold the arguments of ``enable_sparse_attention``.
+    """Arguments of ``enable_sparse_attention``.
 
     Args:
         method: Name of a method, or a plan; ``None`` takes the best known method for the model.
         fields: Fields of the method.
         schedule: Fields of ``Schedule`` that differ from the plan's or the model's own.
-        kernel: Name of a kernel; ``None`` chooses.
-        precision: Low precision of products; ``None`` for that of the model.
+        computing: Keywords that say how blocks are computed, such as ``kernel`` and ``precision``.
     """
 
     method: str | Plan | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
-    kernel: str | None = None
-    precision: str | None = None
+    computing: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the files that fields of the method name, and the option that said so."""
+        """Yield the files named by fields of the method, each with its option."""
         for name, value in self.fields.items():
             if isinstance(value, str) and os.path.exists(value):
                 yield f"--set {name}", Path(value)
@@ -51,7 +49,6 @@ class Settings:
         from ..api import enable_sparse_attention
         from ..defaults import choose
 
-        how = {"kernel": self.kernel, "precision": self.precision}
         with as_input_error():
             schedule = replace(choose(pipeline, self.method, **self.fields).schedule, **self.schedule)
-            return enable_sparse_attention(pipeline, self.method, schedule=schedule, **how, **self.fields)
+            return enable_sparse_attention(pipeline, self.method, schedule=schedule, **self.computing, **self.fields)

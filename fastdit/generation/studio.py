@@ -110,7 +110,7 @@ class Studio:
             "method": handle.method.name,
             "method_fields": handle.method.describe(),
             "schedule": asdict(handle.schedule),
-            "kernel": self.settings.kernel,
+            "kernel": self.settings.computing.get("kernel"),
             "steps": len(sparse.steps),
             "sparse_steps": steps,
             "frames": len(sparse.frames),

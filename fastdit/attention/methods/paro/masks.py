@@ -165,7 +165,8 @@ class ParoPlan:
             raise ValueError(f"the plan {path} cannot be read: {error}") from error
         except (SafetensorError, ValidationError, IndexError, TypeError) as error:
             fault = describe_error(error) if isinstance(error, ValidationError) else error
-            raise ValueError(f"{path} is not a plan for 'paro', or it is damaged: {fault}; calibrate it again") from error
+            what = f"{path} is not a plan for 'paro', or it is damaged: {fault}; calibrate it again"
+            raise ValueError(what) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a plan never changes: {name} cannot be set; make another one")
