@@ -18,10 +18,9 @@ from fastdit.pipelines.families.wan import Wan
 from fastdit.plans.plan import Plan
 from fastdit.search import stages as task
 from fastdit.search.candidates import make_candidates
-from fastdit.search.capture import LiveSamples
 from fastdit.search.cost import ROUNDS, TOO_SLOW
 from fastdit.search.fingerprint import fingerprint, plain
-from fastdit.search.sampling import SampledSteps, Sampling
+from fastdit.search.sampling import Sampling
 from fastdit.search.search import CALIBRATION_PROMPTS, calibration_prompts, search
 from fastdit.search.solver import ImpossibleBudget
 
@@ -286,40 +285,6 @@ def test_the_published_procedure_of_paro():
     assert [about for about in made if about[0] == "calibrate"][-1] == ("calibrate", 6, 6)
     # the paper's masks are made for the heads of one transformer
     assert plan.candidates[1].plan != plan.candidates[2].plan
-
-
-def test_live_samples_are_those_of_the_run_and_come_again():
-    pipe = pipeline("wan22")
-    expected = tiny.run(pipe, steps=3)
-    schedule = SampledSteps(sampling=Sampling(steps=(0, 2)))
-    got = []
-    samples = LiveSamples(pipe, "transformer_2", schedule, lambda: got.append(tiny.run(pipe, steps=3)))
-    calls = [(q.clone(), call) for q, k, call in samples]
-    again = [(q.clone(), call) for q, k, call in samples]
-    assert len(got) == 2 and torch.equal(got[0], expected)
-    assert [(call.step, call.branch, call.layer) for _, call in calls] == [
-        (2, branch, layer) for branch in ("cond", "uncond") for layer in (0, 1)
-    ]
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(calls, again, strict=True))
-
-
-def test_live_samples_can_be_left_and_pass_errors_on():
-    pipe = pipeline()
-    schedule = SampledSteps(sampling=Sampling(steps=(0,)))
-    with pytest.raises(ZeroDivisionError):
-        for _ in LiveSamples(pipe, "transformer", schedule, lambda: tiny.run(pipe, steps=1)):
-            raise ZeroDivisionError
-    assert pipe.sparse_attention is None
-
-    def fail():
-        tiny.run(pipe, steps=1)
-        raise KeyError("after the run")
-
-    with pytest.raises(KeyError, match="after the run"):
-        list(LiveSamples(pipe, "transformer", schedule, fail))
-    fastdit.enable_sparse_attention(pipe, "radial")
-    with pytest.raises(ValueError, match="enabled on this pipeline"):
-        list(LiveSamples(pipe, "transformer", schedule, fail))
 
 
 def test_models_are_told_apart_by_their_weights():

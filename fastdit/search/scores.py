@@ -147,28 +147,6 @@ class Scores:
     seconds: float = 0.0
     attention_seconds: float = 0.0
 
-    def note_shape(self, title: str, shape: Shape) -> None:
-        """Take note of the sizes of a call.
-
-        Args:
-            title: The transformer.
-            shape: The sizes; of calls with different ones the first count.
-        """
-        self.shapes.setdefault(title, shape)
-
-    def note_step(self, title: str, step: int, num_steps: int | None) -> None:
-        """Take note of a forward pass.
-
-        Args:
-            title: The transformer.
-            step: Index of its step.
-            num_steps: Steps of the run.
-        """
-        self.num_steps = num_steps
-        steps = self.steps.setdefault(title, [])
-        if step not in steps:
-            steps.append(step)
-
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write a file, under a name of its own until it is whole.
 

@@ -3,71 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
 from torch.nn import Module
 
-from ...api import sparse_attention
-from ...attention import AttentionMethod, MethodState, Pattern
 from ...pipelines import find_family
-from ...schedule import Schedule
-from ...tokens import AttentionCall
+from ...pipelines.observe import ObservedCall, observe
 from .synthetic import Sample
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Recorder(AttentionMethod):
-    """Attend to everything, and keep what some of the calls were given.
-
-    Args:
-        steps: Indices of the steps.
-        layers: Indices of the layers; ``None`` for all.
-        samples: What was kept.
-    """
-
-    name = "recorder"
-    steps: tuple[int, ...]
-    layers: tuple[int, ...] | None = None
-    samples: list[Sample] = field(default_factory=list)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
-        return {"steps": self.steps, "layers": self.layers}
-
-    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        """Decide nothing.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            call: The call.
-            state: Not used.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        """Attend to everything: ``(B, H, S, D)``.
-
-        Args:
-            q: ``(B, H, S, D)`` queries.
-            k: ``(B, H, S, D)`` keys.
-            v: ``(B, H, S, D)`` values.
-            call: The call.
-            state: Not used.
-        """
-        if call.step in self.steps and (self.layers is None or call.layer in self.layers) and call.branch != "uncond":
-            one = [x[:1].clone() for x in (q, k, v)]
-            padding = None if call.key_padding is None else call.key_padding[:1].clone()
-            name = f"layer {call.layer}, step {call.step}"
-            self.samples.append(Sample(name, one[0], one[1], one[2], replace(call, key_padding=padding)))
-        mask = None if call.key_padding is None else ~call.key_padding[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)
 
 
 def capture(
@@ -84,12 +27,21 @@ def capture(
     Raises:
         RuntimeError: There was no such call.
     """
-    recorder = Recorder(steps=tuple(steps), layers=None if layers is None else tuple(layers))
-    with sparse_attention(pipeline, recorder, schedule=Schedule()):
+    samples: list[Sample] = []
+
+    def keep(seen: ObservedCall) -> None:
+        call = seen.call
+        if call.step in steps and (layers is None or call.layer in layers) and call.branch != "uncond":
+            q, k, v = (x[:1].clone() for x in (seen.q, seen.k, seen.v))
+            padding = None if call.key_padding is None else call.key_padding[:1].clone()
+            name = f"layer {call.layer}, step {call.step}"
+            samples.append(Sample(name, q, k, v, replace(call, key_padding=padding)))
+
+    with observe(pipeline, keep):
         make()
-    if not recorder.samples:
+    if not samples:
         raise RuntimeError(f"no attention call at steps {sorted(steps)} and layers {layers and sorted(layers)}")
-    return recorder.samples
+    return samples
 
 
 def some_layers(samples: Sequence[Sample], every_layer: bool) -> Sequence[Sample]:
