@@ -248,8 +248,6 @@ def test_the_pipeline_is_given_back_as_it_was():
         ({"preset": "paro", "candidates": None, "target_speedup": 2.0}, ValueError, "calibrates for a density"),
         ({"preset": "paro", "candidates": None}, ValueError, "leave the cost model out"),
         ({"preset": "paro", "candidates": None, "cost": None, "folder": "x"}, ValueError, "leave the folder out"),
-        ({"preset": "paro", "candidates": None, "cost": None, "max_kinds": 2}, ValueError, "max_kinds has no effect"),
-        ({"preset": "sparse-vdit", "candidates": None, "max_kinds": 2}, ValueError, "its own rule.*such as a budget"),
         ({"budget": 0.01}, ImpossibleBudget, r"budget 0.01 is impossible: it must be at least 0\.\d+"),
         ({"target_speedup": 99.0}, ImpossibleBudget, r"target_speedup 99 is impossible: .* reach \d\.\d+$"),
         ({"sampling": Sampling(Schedule(warmup_steps=1.0))}, ValueError, "keeps all 4 steps dense"),

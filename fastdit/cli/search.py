@@ -86,15 +86,6 @@ def search(
         Literal["sparse-vdit", "paro"] | None,
         typer.Option(help="The procedure of a paper instead.", rich_help_panel=CHOICE, show_default=False),
     ] = None,
-    max_kinds: Annotated[
-        int | None,
-        typer.Option(
-            callback=options.COUNT,
-            help="How many of them the heads of a layer may use; not by a preset's own rule.",
-            rich_help_panel=CHOICE,
-            show_default=False,
-        ),
-    ] = None,
     cost_model: Annotated[
         Path | None,
         typer.Option(
@@ -169,7 +160,7 @@ def search(
     texts = None if prompts is None else read_prompts(None, prompts)
     check_target(output, (".json",))
     wanted = {"budget": budget, "target_speedup": target_speedup, "max_error": max_error, "end_to_end": end_to_end}
-    listed = _check_request(wanted, candidates, preset, max_kinds=max_kinds, cost=cost_model, folder=folder)
+    listed = _check_request(wanted, candidates, preset, cost=cost_model, folder=folder)
     if folder is None and preset != "paro":  # which keeps no scores
         folder = output.with_suffix(".scores")
     if folder is not None:
@@ -237,7 +228,6 @@ def search(
                 seed=seed,
                 kernel=kernel,
                 precision=precision,
-                max_kinds=max_kinds,
                 cost=times,
                 folder=folder,
                 progress=progress,

@@ -69,7 +69,6 @@ def search(
     precision: str | None = None,
     sensitivity: bool = True,
     quantile: float = QUANTILE,
-    max_kinds: int | None = None,
     cost: CostModel | None = None,
     folder: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -99,8 +98,6 @@ def search(
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the model.
         sensitivity: Whether to measure, with the first prompt, how much each layer's error changes the model's output.
         quantile: Of the errors over prompts, steps and guidance passes that counts, in [0, 1].
-        max_kinds: How many candidates the heads of a layer may use in a bucket, at least 1; default: any number. Not
-            where a preset chooses by its own rule.
         cost: A cost model of another device; default: this one is measured. Not with preset ``"paro"``.
         folder: Where scores are kept, one file for each prompt, so that a search that was interrupted goes on, and
             another limit needs no new scores; default: nowhere. Not with preset ``"paro"``.
@@ -117,7 +114,7 @@ def search(
     """
     limits = (budget, target_speedup, max_error)
     limited = any(limit is not None for limit in limits)
-    check_preset(preset, limits, candidates=candidates, max_kinds=max_kinds, cost=cost, folder=folder)
+    check_preset(preset, limits, candidates=candidates, cost=cost, folder=folder)
     asked = budget
     if not limited:
         budget = BUDGET
@@ -152,7 +149,7 @@ def search(
     elif own_rule:
         choices = {each.title: choose_modes(each.head_mse, each.density) for each in cells}
     else:
-        choices = problem.solve(target, share=_attention_share(runs), max_kinds=max_kinds)
+        choices = problem.solve(target, share=_attention_share(runs))
     expected = problem.expected(choices)
     progress("solve", 1, 1)
     unit = "seconds" if budget is None else "density"
@@ -203,7 +200,6 @@ def check_preset(
     limits: Sequence[float | None],
     *,
     candidates: Any = None,
-    max_kinds: int | None = None,
     cost: Any = None,
     folder: Any = None,
 ) -> None:
@@ -213,7 +209,6 @@ def check_preset(
         preset: Its name; ``None`` for no paper's.
         limits: Budget, in (0, 1], speed-up, above 0, and error, at least 0, with ``None`` for those not given.
         candidates: Candidates; ``None`` if none are given, like the others.
-        max_kinds: How many of them the heads of a layer may use, at least 1.
         cost: A cost model.
         folder: Where scores are kept.
 
@@ -226,11 +221,6 @@ def check_preset(
         raise ValueError(f"unknown preset {preset!r}; presets are: {', '.join(PRESETS)}")
     if candidates is not None:
         raise ValueError(f"preset {preset!r} has candidates of its own; give one of the two")
-    if max_kinds is not None and (preset == "paro" or all(limit is None for limit in limits)):
-        rule = "a limit, such as a budget" if preset != "paro" else "another search"
-        raise ValueError(
-            f"preset {preset!r} chooses by its own rule, so max_kinds has no effect; leave it out, or use {rule}"
-        )
     if preset != "paro":
         return
     if any(limit is not None for limit in limits[1:]):
