@@ -1,4 +1,4 @@
-"""From scores and costs to one candidate for every cell, and to what may be expected of it."""
+"""The choice of a candidate for every cell, from scores and costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Target:
-    """Say how much a plan may cost or err: one of three.
+    """The limit of a plan: one of density, speed-up and error.
 
     Args:
         budget: Mean density of the calls that the search decides about, in (0, 1].
@@ -70,7 +70,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what a choice is expected to do.
+    """The expected density, speed-up and error of a choice.
 
     Args:
         density: Mean density of the calls that the search decides about, in [0, 1].
@@ -84,7 +84,7 @@ class Expected:
 
 
 class Problem:
-    """Hold the cells that the search decides about as rows: what each candidate costs and how far it is off.
+    """The cells that the search decides about as rows of costs and errors of the candidates.
 
     A layer's error is the sum of its heads' squared errors, as if they erred apart; an error counts once for each step.
     A candidate that takes far longer than dense (``cost.TOO_SLOW``) is not used.

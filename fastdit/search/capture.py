@@ -114,7 +114,7 @@ class _Scorer:
         rows = [(0 * ones, 0 * ones, ones, ones)]
         for index, method in enumerate(self.candidates[1:], start=1):
             if index in self.left_out:
-                rows.append((unknown,) * 4)
+                rows.append((unknown, unknown, unknown, unknown))
                 continue
             out, state = self._run(index, seen)
             pattern = known_pattern(method, q, k, call, state)
@@ -122,9 +122,10 @@ class _Scorer:
             rows.append((*reference.errors(out), recall, head_density(pattern, call, state, heads)))
             del out, state, pattern
             self.advance(1)
-        arrays = [torch.stack(x).cpu().numpy() for x in zip(*rows, strict=True)]
+        error, head_error, recalls, density = (torch.stack(x).cpu().numpy() for x in zip(*rows, strict=True))
         mass = frame_mass(q, k, call).cpu().numpy()
-        self.scores.calls.append(CallScores(title, call.step, call.branch, call.layer, *arrays, mass))
+        place = (title, call.step, call.branch, call.layer)
+        self.scores.calls.append(CallScores(*place, error, head_error, recalls, density, mass))
 
     def _run(self, index: int, seen: ObservedCall) -> tuple[Tensor, MethodState]:
         method, (_, q, k, v, _, call) = self.candidates[index], seen

@@ -1,4 +1,4 @@
-"""What a capture finds, and the files that keep it: one for each prompt and seed."""
+"""Scores of candidates and their files, one for each prompt and seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from ..tokens import AttentionCall, TokenSpec, VideoGrid
 
 VERSION = 2
 DIGITS = 9
-"""Significant digits in a file: enough to tell all fp32 numbers apart."""
+"""Significant digits in a file, enough for every fp32 number."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Say how large the attention calls of a transformer are.
+    """The sizes of the attention calls of a transformer.
 
     Args:
         layers: Self-attention layers, at least 1.
@@ -62,7 +62,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class CallScores:
-    """Hold the scores of all candidates at one attention call: arrays ``(candidates, heads)`` fp32, dense first.
+    """The scores of all candidates at one attention call: arrays ``(candidates, heads)`` fp32, dense first.
 
     Args:
         title: The transformer.
@@ -104,7 +104,7 @@ class CallScores:
 
 @dataclass(frozen=True)
 class Change:
-    """Hold what a single sparse layer changed of the output of its transformer.
+    """The change of a transformer's output that a single sparse layer makes.
 
     Args:
         title: The transformer.
@@ -127,7 +127,7 @@ class Change:
 
 @dataclass
 class Scores:
-    """Collect the scores of one video.
+    """The scores of one video.
 
     Args:
         calls: The attention calls that were scored.
@@ -148,7 +148,7 @@ class Scores:
     attention_seconds: float = 0.0
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write a file, under a name of its own until it is whole.
+        """Write a file, under another name until it is complete.
 
         Args:
             path: The file.
@@ -157,21 +157,15 @@ class Scores:
         content = {
             "version": VERSION,
             "settings": settings,
-            "num_steps": self.num_steps,
-            "seconds": self.seconds,
-            "attention_seconds": self.attention_seconds,
-            "steps": self.steps,
-            "shapes": {title: asdict(shape) for title, shape in self.shapes.items()},
-            "changes": [asdict(change) for change in self.changes],
-            "calls": [{**vars(call), **{name: _plain(getattr(call, name)) for name in _ARRAYS}} for call in self.calls],
+            **asdict(self),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with moved_when_complete(path) as part:
-            part.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+            part.write_text(json.dumps(content, allow_nan=False, default=_plain), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> Scores | None:
-        """Read a file, if it is there, whole, and of the same settings; a damaged one is named in a warning.
+        """Read a file; return ``None`` if it is missing, damaged, which is warned of, or of other settings.
 
         Args:
             path: The file.
@@ -181,17 +175,16 @@ class Scores:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != VERSION or content["settings"] != json.loads(json.dumps(settings)):
                 return None
-            shapes = {}
-            for title, values in content["shapes"].items():
-                tokens = TokenSpec(**{**values["tokens"], "grid": VideoGrid(**values["tokens"]["grid"])})
-                shapes[title] = Shape(**{**values, "tokens": tokens})
-            calls = [
-                CallScores(**{**call, **{name: np.array(call[name], np.float32) for name in _ARRAYS}})
-                for call in content["calls"]
-            ]
-            changes = [Change(**change) for change in content["changes"]]
-            times = {name: content[name] for name in ("seconds", "attention_seconds")}
-            return cls(calls, changes, shapes, content["steps"], content["num_steps"], **times)
+            values = {each.name: content[each.name] for each in fields(cls)}
+            for shape in values["shapes"].values():
+                shape["tokens"]["grid"] = VideoGrid(**shape["tokens"]["grid"])
+                shape["tokens"] = TokenSpec(**shape["tokens"])
+            for call in values["calls"]:
+                call |= {name: np.array(call[name], np.float32) for name in _ARRAYS}
+            values["shapes"] = {title: Shape(**shape) for title, shape in values["shapes"].items()}
+            values["calls"] = [CallScores(**call) for call in values["calls"]]
+            values["changes"] = [Change(**change) for change in values["changes"]]
+            return cls(**values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The search as a whole: capture, cost, decision, plan."""
+"""The search for a plan: cost, capture, choice."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .stages import Progress, Task
 from .statistics import QUANTILE, Cells, collect
 
 BUDGET = 0.25
-"""Mean density of a plan where nothing else is asked for."""
+"""Default mean density of a plan."""
 
 PARO_DENSITY = 0.5
-"""Density of PARO's masks where nothing else is asked for: the paper's first."""
+"""Default density of PARO's masks, the first in the paper."""
 
 PRESETS = ("sparse-vdit", "paro")
 
 PROMPTS = 4
-"""Built-in prompts that are used where the user gives none."""
+"""Number of built-in prompts used by default."""
 
 CALIBRATION_PROMPTS = (
     "A golden retriever runs along a beach at sunset, waves breaking behind it, the camera following from the side.",
@@ -49,7 +49,7 @@ CALIBRATION_PROMPTS = (
     "A steam train crosses a stone bridge in the snow, smoke trailing behind.",
     "An old man reads a newspaper in a quiet cafe, almost motionless, warm light from the window.",
 )
-"""The first few are as unlike each other as can be, so that three or four of them already say a lot."""
+"""Built-in prompts; the first few differ most from each other."""
 
 
 def search(
@@ -75,9 +75,9 @@ def search(
 ) -> Plan:
     """Search for the method and parameters of every step bucket, layer and head.
 
-    First each candidate is timed; those that take far longer than dense attention are left out. Then the pipeline makes
-    a video of each prompt with its own attention. At the sampled steps every candidate is scored on the same queries,
-    keys and values, one at a time; what is kept are numbers. Last, the least error within the limit is solved for.
+    First each candidate is timed; those much slower than dense attention are left out. Then the pipeline makes a video
+    of each prompt with dense attention. At the sampled steps every candidate is scored on the same queries, keys and
+    values. Last, the choice with the least error within the limit is made.
 
     Args:
         pipeline: A diffusers pipeline that sparse attention is not enabled on.
@@ -248,7 +248,7 @@ def check_seed(seed: int, count: int) -> None:
 
 
 def _check_prompts(prompts: Sequence[str] | None) -> tuple[str, ...]:
-    texts = calibration_prompts(PROMPTS) if prompts is None else tuple(prompts)
+    texts = CALIBRATION_PROMPTS[:PROMPTS] if prompts is None else tuple(prompts)
     if isinstance(prompts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"prompts must be at least one text that is not empty, got {prompts!r}")
     return texts
@@ -293,19 +293,3 @@ def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model
         recalls=recall.tolist(),
         frame_mass=cells.mass.clip(0, 1).tolist() if cells.mass.any() else (),
     )
-
-
-def calibration_prompts(count: int) -> tuple[str, ...]:
-    """Return built-in prompts.
-
-    Args:
-        count: How many, in [1, 12].
-
-    Raises:
-        ValueError: There are not as many.
-    """
-    if not 1 <= count <= len(CALIBRATION_PROMPTS):
-        raise ValueError(
-            f"there are {len(CALIBRATION_PROMPTS)} built-in prompts, got {count}; give prompts of your own"
-        )
-    return CALIBRATION_PROMPTS[:count]

@@ -1,4 +1,4 @@
-"""Choose a candidate for every cell under a budget: a multiple-choice knapsack over convex hulls."""
+"""A multiple-choice knapsack solver: one candidate for every cell under a budget."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ROUNDING = 1e-9
-"""A sum may pass its limit by this share of it, so that a budget that is met exactly is met in floating point too."""
+"""Relative tolerance of a limit, for budgets that are met exactly."""
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 
 class ImpossibleBudget(ValueError):
-    """Say that no choice meets a budget, and which ones can be met.
+    """A budget that no choice meets, with the range of those that can be met.
 
     Args:
         what: What is limited: ``"budget"`` or ``"max_error"``.
@@ -94,7 +94,7 @@ def frontier(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True, eq=False)
 class _Hulls:
-    """Hold the lower convex hulls of all cells: where they start, and their steps, the steepest first."""
+    """The lower convex hulls of all cells: where they start, and their steps, the steepest first."""
 
     start: Indices
     cell: Indices

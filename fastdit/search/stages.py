@@ -1,4 +1,4 @@
-"""The parts of a search that run the pipeline or take time, with what they share."""
+"""Search stages that run the pipeline or measure time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Task:
-    """Run the pipeline of a search.
+    """The pipeline of a search and how it is run.
 
     Args:
         pipeline: A diffusers pipeline.
@@ -261,7 +261,7 @@ class Task:
 
 
 class Meter:
-    """Count work, and correct the estimate of all of it by what the parts so far took.
+    """A counter of work that corrects its estimate of the total after each part.
 
     Args:
         progress: Called with the stage, what is done and an estimate of all there is to do.
@@ -305,7 +305,7 @@ class Meter:
 
 
 class _FirstCall(Exception):
-    """End a survey."""
+    """The end of a survey at its first call."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)

@@ -6,32 +6,28 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch.nn import Module
-
-from ...pipelines import find_family
 from ...pipelines.observe import ObservedCall, observe
+from ...tokens import AttentionCall
 from .synthetic import Sample
 
 
-def capture(
-    pipeline: Any, make: Callable[[], object], steps: Collection[int], layers: Collection[int] | None = None
-) -> list[Sample]:
-    """Keep calls of a pipeline, while it makes a video with dense attention.
+def capture(pipeline: Any, make: Callable[[], object], steps: Collection[int], every_layer: bool) -> list[Sample]:
+    """Keep calls of a pipeline while it makes a video with dense attention.
 
     Args:
         pipeline: The pipeline.
         make: Makes the video.
         steps: Indices of the steps to keep.
-        layers: Indices of the layers to keep; ``None`` for all.
+        every_layer: Whether all layers are kept, or only the middle one.
 
     Raises:
-        RuntimeError: There was no such call.
+        RuntimeError: The pipeline made no such call.
     """
     samples: list[Sample] = []
 
     def keep(seen: ObservedCall) -> None:
         call = seen.call
-        if call.step in steps and (layers is None or call.layer in layers) and call.branch != "uncond":
+        if call.step in steps and call.branch != "uncond" and (every_layer or _is_middle(call)):
             q, k, v = (x[:1].clone() for x in (seen.q, seen.k, seen.v))
             padding = None if call.key_padding is None else call.key_padding[:1].clone()
             name = f"layer {call.layer}, step {call.step}"
@@ -40,7 +36,7 @@ def capture(
     with observe(pipeline, keep):
         make()
     if not samples:
-        raise RuntimeError(f"no attention call at steps {sorted(steps)} and layers {layers and sorted(layers)}")
+        raise RuntimeError(f"the pipeline made no self-attention call at steps {sorted(steps)}")
     return samples
 
 
@@ -51,13 +47,8 @@ def some_layers(samples: Sequence[Sample], every_layer: bool) -> Sequence[Sample
         samples: Calls, at least those.
         every_layer: Whether all are wanted.
     """
-    return [s for s in samples if every_layer or s.call.layer == s.call.num_layers // 2]
+    return [sample for sample in samples if every_layer or _is_middle(sample.call)]
 
 
-def middle_layer(transformer: Module) -> int:
-    """Return the index of the self-attention layer in the middle.
-
-    Args:
-        transformer: The model.
-    """
-    return len(find_family(transformer).self_attentions(transformer)) // 2
+def _is_middle(call: AttentionCall) -> bool:
+    return call.layer == call.num_layers // 2
