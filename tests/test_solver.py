@@ -9,16 +9,13 @@ from fastdit.search import solver
 from fastdit.search.solver import ImpossibleBudget, frontier, solve
 
 
-def brute_force(errors, costs, budget, groups=None, max_kinds=None):
+def brute_force(errors, costs, budget):
     """Try every choice: the least total error, ``None`` where no choice is within the budget."""
     cells, candidates = errors.shape
     choices = np.array(list(itertools.product(range(candidates), repeat=cells)))
     rows = np.arange(cells)
     error, cost = errors[rows, choices].sum(1), costs[rows, choices].sum(1)
     allowed = np.isfinite(error) & (cost <= budget * (1 + solver.ROUNDING))
-    if groups is not None:
-        for group in set(groups):
-            allowed &= (np.diff(np.sort(choices[:, groups == group])) > 0).sum(1) < max_kinds
     return error[allowed].min() if allowed.any() else None
 
 
@@ -52,9 +49,15 @@ def lower_bound(errors, costs, budget):
     return float(np.interp(budget, *frontier(errors, costs)))
 
 
+def largest_step(errors):
+    """The most that one cell can lose."""
+    usable = np.where(np.isfinite(errors), errors, 0)
+    return float((usable.max(1) - usable.min(1)).max())
+
+
 @pytest.mark.parametrize("whole", [False, True])
-def test_equals_brute_force(whole):
-    solved = 0
+def test_at_most_one_step_above_brute_force(whole):
+    gaps = []
     for seed in range(200):
         errors, costs, budget = instance(seed, whole=whole)
         expected = brute_force(errors, costs, budget)
@@ -64,10 +67,11 @@ def test_equals_brute_force(whole):
             continue
         choice = solve(errors, costs, budget)
         assert total(costs, choice) <= budget * (1 + 2 * solver.ROUNDING)
-        assert total(errors, choice) == pytest.approx(expected, abs=1e-9), seed
-        assert lower_bound(errors, costs, budget) <= expected + 1e-6
-        solved += 1
-    assert solved >= 100
+        bound = lower_bound(errors, costs, budget)
+        assert bound - 1e-6 <= expected <= total(errors, choice) + 1e-9, seed
+        assert total(errors, choice) <= bound + largest_step(errors) + 1e-9, seed
+        gaps.append(total(errors, choice) - expected)
+    assert len(gaps) >= 100 and np.mean(np.array(gaps) < 1e-9) > 0.5
 
 
 def test_max_error_is_the_mirrored_problem():
@@ -78,7 +82,7 @@ def test_max_error_is_the_mirrored_problem():
         expected = brute_force(swapped, np.nan_to_num(errors, nan=0, posinf=0), limit)
         choice = solve(errors, costs, max_error=limit)
         assert total(errors, choice) <= limit * (1 + 2 * solver.ROUNDING)
-        assert total(costs, choice) == pytest.approx(expected, abs=1e-9)
+        assert expected - 1e-9 <= total(costs, choice) <= expected + largest_step(swapped) + 1e-9
 
 
 def test_large_instances_are_within_their_bound():
@@ -90,19 +94,6 @@ def test_large_instances_are_within_their_bound():
     assert np.array_equal(choice, solve(errors, costs, 0.25 * 1080))
     uniform = errors[:, np.abs(costs.mean(0) - 0.25).argmin()].sum()
     assert found < 0.8 * uniform
-
-
-def test_cut_short_it_still_answers(monkeypatch):
-    errors, costs = realistic(40, 8)
-    exact = total(errors, solve(errors, costs, 12.3))
-    monkeypatch.setattr(solver, "MAX_STATES", 0)
-    cut = total(errors, solve(errors, costs, 12.3))
-    monkeypatch.setattr(solver, "_refine", lambda *parts: parts[-2])
-    greedy = total(errors, solve(errors, costs, 12.3))
-    step = max((errors[i] - errors[i, j]).max() for i in range(40) for j in range(8))
-    bound = lower_bound(errors, costs, 12.3)
-    assert bound <= exact <= cut <= greedy <= bound + step
-    assert exact < greedy  # else this shows nothing of the exact part
 
 
 def test_ties_are_settled_always_alike():
@@ -131,27 +122,6 @@ def test_impossible_budgets_say_what_is_possible():
         solve(errors, costs, max_error=-1)
 
 
-@pytest.mark.parametrize("max_kinds", [1, 2])
-def test_kinds_of_a_group_are_limited(max_kinds):
-    ratios = []
-    for seed in range(25):
-        rng = np.random.default_rng(seed)
-        errors, costs = rng.random((2, 6, 4))
-        errors[:, 0], costs[:, 0] = 0, 1
-        groups, budget = np.array([0, 0, 0, 7, 7, 7]), rng.uniform(2, 6)
-        expected = brute_force(errors, costs, budget, groups, max_kinds)
-        try:
-            choice = solve(errors, costs, budget, groups=groups, max_kinds=max_kinds)
-        except ImpossibleBudget:
-            assert expected is None or max_kinds > 1
-            continue
-        assert all(len(set(choice[groups == group])) <= max_kinds for group in (0, 7))
-        assert total(costs, choice) <= budget * (1 + 2 * solver.ROUNDING)
-        assert total(errors, choice) >= expected - 1e-9
-        ratios.append((total(errors, choice) + 0.1) / (expected + 0.1))
-    assert len(ratios) > 15 and np.median(ratios) < 1.05 and np.mean(ratios) < 1.25, ratios
-
-
 def test_frontier_is_convex_and_holds_the_choices():
     errors, costs = realistic(30, 6)
     cost, error = frontier(errors, costs)
@@ -175,10 +145,6 @@ def test_frontier_is_convex_and_holds_the_choices():
         ({"budget": float("nan")}, "budget must be a number"),
         ({"budget": None}, "either a budget or max_error"),
         ({"max_error": 1.0}, "either a budget or max_error"),
-        ({"groups": [0, 0]}, "groups and max_kinds belong together"),
-        ({"groups": [0, 0, 0], "max_kinds": 1}, r"groups must be \(2,\)"),
-        ({"groups": [0, 0], "max_kinds": 0}, "max_kinds must be at least 1"),
-        ({"errors": [[0, np.nan], [np.nan, 0]], "groups": [0, 0], "max_kinds": 1}, "leaves cells without a candidate"),
     ],
 )
 def test_senseless_input(change, message):

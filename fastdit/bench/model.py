@@ -23,7 +23,7 @@ from ..generation.timed_run import Clip, run_timed
 from ..generation.video import side_by_side, write_video
 from .conditions import Conditions
 from .e2e import Subject, Timing
-from .inputs.capture import capture, middle_layer
+from .inputs.capture import capture
 from .inputs.problems import PROBLEMS
 from .inputs.synthetic import Sample
 from .measuring.measure import throughput
@@ -180,7 +180,6 @@ def open_subject(session: Conditions, model: Model, prompt: str) -> Subject:
 
     def samples(every_layer: bool) -> list[Sample]:
         step = int(0.5 * arguments["num_inference_steps"])
-        layers = None if every_layer else (middle_layer(pipeline.transformer),)
-        return capture(pipeline, make, (step,), layers)
+        return capture(pipeline, make, (step,), every_layer)
 
     return Subject(pipeline, run, samples, session.device)

@@ -14,7 +14,7 @@ import numpy as np
 from ..api import SparseAttention, disable_sparse_attention, enable_sparse_attention
 from ..files import distinct_names, moved_when_complete
 from ..schedule import Schedule
-from .inputs.capture import capture, middle_layer, some_layers
+from .inputs.capture import capture, some_layers
 from .inputs.settings import Setting, settings_by_part
 from .inputs.synthetic import Sample
 from .jobs import Job, Outcome
@@ -63,8 +63,7 @@ class Studio:
         Args:
             every_layer: Whether those of all layers are kept, or of one in the middle.
         """
-        layers = None if every_layer else (middle_layer(self.pipeline.transformer),)
-        return capture(self.pipeline, lambda: self.make(*self.calibration), self.calibration_steps, layers)
+        return capture(self.pipeline, lambda: self.make(*self.calibration), self.calibration_steps, every_layer)
 
     @property
     def calibration_steps(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from ..generation.loading import outline
 from ..generation.sources import DEMO, find_model
 from ..schedule import Schedule
 from .e2e import Subject, Timing
-from .inputs.capture import capture, middle_layer
+from .inputs.capture import capture
 from .inputs.problems import Problem
 from .inputs.synthetic import Sample
 
@@ -244,9 +244,8 @@ def random_subject(
         return time.perf_counter() - begin
 
     def samples(every_layer: bool) -> list[Sample]:
-        layers = None if every_layer else (middle_layer(transformer),)
         middle = problem.steps // 2
-        return capture(pipeline, lambda: run_step(middle), (middle,), layers)
+        return capture(pipeline, lambda: run_step(middle), (middle,), every_layer)
 
     def run(handle: SparseAttention) -> Timing:
         return _video(handle, problem.steps, run_step)

@@ -12,7 +12,7 @@ from ..generation.errors import InputError, as_input_error
 from ..search.search import check_seed
 from .conditions import Conditions
 from .e2e import e2e_jobs
-from .inputs.capture import capture, middle_layer
+from .inputs.capture import capture
 from .inputs.problems import Problem, find_problems
 from .inputs.settings import DEFAULT, Setting, find_settings
 from .inputs.synthetic import KINDS, Sample, synthetic
@@ -130,8 +130,7 @@ def _captured(
 
     def calls(prompt: str, seed: int) -> list[Sample]:
         made = studio()
-        layers = (middle_layer(made.pipeline.transformer),)
-        found = capture(made.pipeline, lambda: made.make(prompt, seed), made.calibration_steps, layers)
+        found = capture(made.pipeline, lambda: made.make(prompt, seed), made.calibration_steps, every_layer=False)
         # a plan is for a whole model: here the model is this one layer at one step
         alone = {"layer": 0, "num_layers": 1, "step": 0, "num_steps": 1}
         return [replace(sample, call=replace(sample.call, **alone)) for sample in found]

@@ -86,14 +86,6 @@ def search(
     preset: Annotated[
         Literal["sparse-vdit", "paro"] | None, option("Use the procedure of a paper instead.", panel=CANDIDATES)
     ] = None,
-    max_kinds: Annotated[
-        int | None,
-        option(
-            "Number of different candidates that the heads of a layer may use; not with a preset's own rule.",
-            callback=COUNT,
-            panel=CANDIDATES,
-        ),
-    ] = None,
     cost_model: Annotated[
         Path | None,
         option(
@@ -136,7 +128,8 @@ def search(
 
     texts = None if prompts is None else read_prompts(None, prompts)
     check_target(output, (".json",))
-    listed = _check_request(limit, candidates, preset, max_kinds=max_kinds, cost=cost_model, folder=folder)
+    wanted = {"budget": budget, "target_speedup": target_speedup, "max_error": max_error, "end_to_end": end_to_end}
+    listed = _check_request(wanted, candidates, preset, cost=cost_model, folder=folder)
     if folder is None and preset != "paro":  # which keeps no scores
         folder = output.with_suffix(".scores")
     if folder is not None:
@@ -190,7 +183,6 @@ def search(
                 arguments=arguments,
                 seed=seed,
                 **computing,
-                max_kinds=max_kinds,
                 cost=times,
                 folder=folder,
                 progress=progress,

@@ -1,11 +1,10 @@
-"""From scores and costs to one candidate for every cell, and to what may be expected of it."""
+"""The choice of a candidate for every cell, from scores and costs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,7 +30,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Target:
-    """Say how much a plan may cost or err: one of three.
+    """The limit of a plan: one of density, speed-up and error.
 
     Args:
         budget: Mean density of the calls that the search decides about, in (0, 1].
@@ -71,7 +70,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what a choice is expected to do.
+    """The expected density, speed-up and error of a choice.
 
     Args:
         density: Mean density of the calls that the search decides about, in [0, 1].
@@ -85,7 +84,7 @@ class Expected:
 
 
 class Problem:
-    """Hold the cells that the search decides about as rows: what each candidate costs and how far it is off.
+    """The cells that the search decides about as rows of costs and errors of the candidates.
 
     A layer's error is the sum of its heads' squared errors, as if they erred apart; an error counts once for each step.
     A candidate that takes far longer than dense (``cost.TOO_SLOW``) is not used.
@@ -122,13 +121,12 @@ class Problem:
     def _take(self, arrays: Sequence[Floats]) -> Floats:
         return np.stack([arrays[i][b, layer, head] for i, b, layer, head in self.rows]) * self.calls[:, None]
 
-    def solve(self, target: Target, *, share: float | None = None, max_kinds: int | None = None) -> Choices:
+    def solve(self, target: Target, *, share: float | None = None) -> Choices:
         """Choose a candidate for every cell.
 
         Args:
             target: How much the choice may cost or err.
             share: Of the time of a dense forward pass that is self-attention, in (0, 1]; ``None`` if unknown.
-            max_kinds: How many candidates the heads of a layer may use in a bucket, at least 1; default: any number.
 
         Returns:
             For each transformer ``(buckets, layers, heads)`` indices of candidates.
@@ -137,51 +135,35 @@ class Problem:
             ImpossibleBudget: No choice meets the target; the error says which targets can be met.
             ValueError: ``share`` is needed and unknown.
         """
-        options: dict[str, Any] = {}
-        if max_kinds is not None:
-            layers = [(index, bucket, layer) for index, bucket, layer, _ in self.rows]
-            labels = {place: label for label, place in enumerate(dict.fromkeys(layers))}
-            options = {"groups": [labels[place] for place in layers], "max_kinds": max_kinds}
         if target.max_error is not None:
             limit = target.max_error**2 * self.layers
-            found = self._solve(
-                self.seconds,
-                "max_error",
-                target.max_error,
-                lambda x: (x / self.layers) ** 0.5,
-                max_error=limit,
-                **options,
+            return self._solve(
+                self.seconds, "max_error", target.max_error, lambda x: (x / self.layers) ** 0.5, max_error=limit
             )
-        elif target.budget is not None:
+        if target.budget is not None:
             total = float(self.density[:, 0].sum())
-            found = self._solve(
-                self.density, "budget", target.budget, lambda x: x / total, budget=target.budget * total, **options
-            )
-        else:
-            assert target.speedup is not None
-            wanted = target.speedup
-            others = 0.0
-            if target.end_to_end:
-                if share is None:
-                    raise ValueError(
-                        "the share of self-attention in the time of a step is unknown, because every step was sampled; "
-                        "sample fewer, or give a speed-up of self-attention"
-                    )
-                others = self.dense * (1 / share - 1)
-            budget = (self.dense + others) / wanted - self.fixed - others
-            found = self._solve(
-                self.seconds,
-                "target_speedup",
-                wanted,
-                lambda x: (self.dense + others) / (x + self.fixed + others),
-                budget=budget,
-                **options,
-            )
-        return self._place(found)
+            return self._solve(self.density, "budget", target.budget, lambda x: x / total, budget=target.budget * total)
+        assert target.speedup is not None
+        others = self.fixed
+        if target.end_to_end:
+            if share is None:
+                raise ValueError(
+                    "the share of self-attention in the time of a step is unknown, because every step was sampled; "
+                    "sample fewer, or give a speed-up of self-attention"
+                )
+            others += self.dense * (1 / share - 1)
+        dense = self.dense - self.fixed + others
+        return self._solve(
+            self.seconds,
+            "target_speedup",
+            target.speedup,
+            lambda x: dense / (x + others),
+            budget=dense / target.speedup - others,
+        )
 
-    def _solve(self, costs: Floats, what: str, asked: float, back: Any, **limits: Any) -> NDArray[np.int64]:
+    def _solve(self, costs: Floats, what: str, asked: float, back: Callable[[float], float], **limit: float) -> Choices:
         try:
-            return solve(self.usable, costs, **limits)
+            return self._place(solve(self.usable, costs, **limit))
         except ImpossibleBudget as error:
             low, high = sorted(back(x) for x in (error.least, error.most))
             impossible = ImpossibleBudget(what, asked, low, high)

@@ -1,4 +1,4 @@
-"""What a search chooses from: methods with their parameters, the first of which is dense."""
+"""Candidates of a search: methods with their parameters, dense first."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
-            raise ValueError("it is no name with fields in brackets")
+            raise ValueError("expected NAME(field=value)")
         values = {word.arg: _value(word.value) for word in tree.keywords if word.arg is not None}
         if len(values) < len(tree.keywords):
             raise ValueError("its fields are not all named, each once")

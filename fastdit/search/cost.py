@@ -1,4 +1,4 @@
-"""What each candidate costs: measured on the device at hand, or read from a table measured on another."""
+"""Cost models of candidates, measured on this device or read from a file of another."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from .scores import Shape
 from .scoring import known_pattern, naming
 
 ROUNDS = 3
-"""How often each candidate is timed; the median counts."""
+"""Timing rounds of each candidate; the median is used."""
 
 TOO_SLOW = 1.5
-"""How many times as long as dense attention a candidate may take. Times on shared machines vary by a third or more."""
+"""Limit of a candidate's time relative to dense attention; times on shared machines vary by a third or more."""
 
 _COARSE = 4
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Hold the times of one candidate, for all heads and samples of one call, in seconds.
+    """The times of one candidate, for all heads and samples of one call, in seconds.
 
     Args:
         candidate: Its name and fields.
@@ -63,7 +63,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Predict the time of candidates, from times measured in one run together with that of dense attention.
+    """Predicted times of candidates, from times measured in one run together with dense attention.
 
     Within a kind the kernel's time is a line over the pairs computed, ``a + b * density * tokens**2 * head_dim`` for
     one head and sample. A candidate's own time is the base, the slope of its kind takes it to another density.

@@ -1,4 +1,4 @@
-"""What tells one search from another: models by a look at their weights, any other values by what they hold."""
+"""Fingerprints of models and arguments, which tell kept scores apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which denoising steps a search looks at, and into which buckets it divides them."""
+"""Sampled denoising steps and step buckets of a search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..schedule import Schedule, check_edges, step_bucket
 
 @dataclass(frozen=True)
 class Sampling:
-    """Divide the sparse steps of a run into buckets, and sample some steps of each.
+    """A division of the sparse steps of a run into buckets, with some sampled steps in each.
 
     Args:
         schedule: Which steps and layers stay dense whatever the search finds.
@@ -80,12 +80,16 @@ class Sampling:
         Raises:
             ValueError: The schedule keeps all steps dense.
         """
+        buckets = self._divide(num_steps)
+        anew = [sum(self.schedule.refreshes(step, num_steps) for step in steps) for steps in buckets]
+        return [(len(steps), max(count, min(len(steps), 1))) for steps, count in zip(buckets, anew, strict=True)]
+
+    def _divide(self, num_steps: int) -> list[list[int]]:
         edges = self.edges(num_steps)
-        inside: list[list[int]] = [[] for _ in edges]
+        buckets: list[list[int]] = [[] for _ in edges]
         for step in self.sparse_steps(num_steps):
-            inside[step_bucket(edges, step, num_steps)].append(step)
-        anew = [sum(self.schedule.refreshes(step, num_steps) for step in steps) for steps in inside]
-        return [(len(steps), max(count, min(len(steps), 1))) for steps, count in zip(inside, anew, strict=True)]
+            buckets[step_bucket(edges, step, num_steps)].append(step)
+        return buckets
 
     def sampled(self, num_steps: int) -> frozenset[int]:
         """Return the steps to sample.
@@ -96,8 +100,8 @@ class Sampling:
         Raises:
             ValueError: The schedule keeps all steps dense, or one that was asked for.
         """
-        sparse, edges = self.sparse_steps(num_steps), self.edges(num_steps)
         if self.steps is not None:
+            sparse = self.sparse_steps(num_steps)
             wrong = sorted(set(self.steps) - set(sparse))
             if wrong or not self.steps:
                 raise ValueError(
@@ -106,8 +110,7 @@ class Sampling:
                 )
             return frozenset(self.steps)
         chosen: set[int] = set()
-        for bucket in range(len(edges)):
-            inside = [step for step in sparse if step_bucket(edges, step, num_steps) == bucket]
+        for inside in self._divide(num_steps):
             count = min(self.per_bucket, len(inside))
             chosen |= {inside[len(inside) * (2 * i + 1) // (2 * count)] for i in range(count)}
         return frozenset(chosen)
@@ -115,7 +118,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampledSteps(Schedule):
-    """Leave all calls but those of sampled steps to the model's own attention, untouched.
+    """A schedule that keeps all steps but sampled ones dense.
 
     Args:
         sampling: Which steps are sampled.

@@ -1,4 +1,4 @@
-"""What a capture finds, and the files that keep it: one for each prompt and seed."""
+"""Scores of candidates and their files, one for each prompt and seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +22,14 @@ from ..validation import describe_error
 
 VERSION = 2
 DIGITS = 9
-"""Significant digits in a file: enough to tell all fp32 numbers apart."""
+"""Significant digits in a file, enough for every fp32 number."""
 
 Floats = Annotated[NDArray[np.float32], PlainValidator(lambda rows: np.array(rows, np.float32))]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Say how large the attention calls of a transformer are.
+    """The sizes of the attention calls of a transformer.
 
     Args:
         layers: Self-attention layers, at least 1.
@@ -64,7 +64,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class CallScores:
-    """Hold the scores of all candidates at one attention call: arrays ``(candidates, heads)`` fp32, dense first.
+    """The scores of all candidates at one attention call: arrays ``(candidates, heads)`` fp32, dense first.
 
     Args:
         title: The transformer.
@@ -106,7 +106,7 @@ class CallScores:
 
 @dataclass(frozen=True)
 class Change:
-    """Hold what a single sparse layer changed of the output of its transformer.
+    """The change of a transformer's output that a single sparse layer makes.
 
     Args:
         title: The transformer.
@@ -129,7 +129,7 @@ class Change:
 
 @dataclass
 class Scores:
-    """Collect the scores of one video.
+    """The scores of one video.
 
     Args:
         calls: The attention calls that were scored.
@@ -149,30 +149,8 @@ class Scores:
     seconds: float = 0.0
     attention_seconds: float = 0.0
 
-    def note_shape(self, title: str, shape: Shape) -> None:
-        """Take note of the sizes of a call.
-
-        Args:
-            title: The transformer.
-            shape: The sizes; of calls with different ones the first count.
-        """
-        self.shapes.setdefault(title, shape)
-
-    def note_step(self, title: str, step: int, num_steps: int | None) -> None:
-        """Take note of a forward pass.
-
-        Args:
-            title: The transformer.
-            step: Index of its step.
-            num_steps: Steps of the run.
-        """
-        self.num_steps = num_steps
-        steps = self.steps.setdefault(title, [])
-        if step not in steps:
-            steps.append(step)
-
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write a file, under a name of its own until it is whole.
+        """Write a file, under another name until it is complete.
 
         Args:
             path: The file.
@@ -185,7 +163,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> Scores | None:
-        """Read a file, if it is there, whole, and of the same settings; a damaged one is named in a warning.
+        """Read a file; return ``None`` if it is missing, damaged, which is warned of, or of other settings.
 
         Args:
             path: The file.

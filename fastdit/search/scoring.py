@@ -1,4 +1,4 @@
-"""How far a sparse result is from the dense one, head by head: errors, mass covered, density."""
+"""Errors, covered attention mass and density of sparse results, head by head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..attention import AttentionMethod, BlockMethod, MethodState, Pattern
 from ..tokens import AttentionCall
 
 RECALL_ROWS = 32
-"""Queries of a head whose softmax is computed for its recall."""
+"""Sampled queries for the recall of a head."""
 
 _TOKENS = 1024
 _GOLDEN = 0.6180339887498949
@@ -26,7 +26,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Hold what results are compared with: the dense output of one call.
+    """The dense output of one call, which others are compared with.
 
     Args:
         out: ``(B, H, S, D)``, in the model's own token order.

@@ -1,4 +1,4 @@
-"""The search as a whole: capture, cost, decision, plan."""
+"""The search for a plan: cost, capture, choice."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .stages import Progress, Task
 from .statistics import QUANTILE, Cells, collect
 
 BUDGET = 0.25
-"""Mean density of a plan where nothing else is asked for."""
+"""Default mean density of a plan."""
 
 PARO_DENSITY = 0.5
-"""Density of PARO's masks where nothing else is asked for: the paper's first."""
+"""Default density of PARO's masks, the first in the paper."""
 
 PRESETS = ("sparse-vdit", "paro")
 
 PROMPTS = 4
-"""Built-in prompts that are used where the user gives none."""
+"""Number of built-in prompts used by default."""
 
 CALIBRATION_PROMPTS = (
     "A golden retriever runs along a beach at sunset, waves breaking behind it, the camera following from the side.",
@@ -49,7 +49,7 @@ CALIBRATION_PROMPTS = (
     "A steam train crosses a stone bridge in the snow, smoke trailing behind.",
     "An old man reads a newspaper in a quiet cafe, almost motionless, warm light from the window.",
 )
-"""The first few are as unlike each other as can be, so that three or four of them already say a lot."""
+"""Built-in prompts; the first few differ most from each other."""
 
 
 def search(
@@ -69,16 +69,15 @@ def search(
     precision: str | None = None,
     sensitivity: bool = True,
     quantile: float = QUANTILE,
-    max_kinds: int | None = None,
     cost: CostModel | None = None,
     folder: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Plan:
     """Search for the method and parameters of every step bucket, layer and head.
 
-    First each candidate is timed; those that take far longer than dense attention are left out. Then the pipeline makes
-    a video of each prompt with its own attention. At the sampled steps every candidate is scored on the same queries,
-    keys and values, one at a time; what is kept are numbers. Last, the least error within the limit is solved for.
+    First each candidate is timed; those much slower than dense attention are left out. Then the pipeline makes a video
+    of each prompt with dense attention. At the sampled steps every candidate is scored on the same queries, keys and
+    values. Last, the choice with the least error within the limit is made.
 
     Args:
         pipeline: A diffusers pipeline that sparse attention is not enabled on.
@@ -99,8 +98,6 @@ def search(
         precision: ``"int8"`` or ``"int8_fp8"`` for products in low precision; default: that of the model.
         sensitivity: Whether to measure, with the first prompt, how much each layer's error changes the model's output.
         quantile: Of the errors over prompts, steps and guidance passes that counts, in [0, 1].
-        max_kinds: How many candidates the heads of a layer may use in a bucket, at least 1; default: any number. Not
-            where a preset chooses by its own rule.
         cost: A cost model of another device; default: this one is measured. Not with preset ``"paro"``.
         folder: Where scores are kept, one file for each prompt, so that a search that was interrupted goes on, and
             another limit needs no new scores; default: nowhere. Not with preset ``"paro"``.
@@ -117,7 +114,7 @@ def search(
     """
     limits = (budget, target_speedup, max_error)
     limited = any(limit is not None for limit in limits)
-    check_preset(preset, limits, candidates=candidates, max_kinds=max_kinds, cost=cost, folder=folder)
+    check_preset(preset, limits, candidates=candidates, cost=cost, folder=folder)
     asked = budget
     if not limited:
         budget = BUDGET
@@ -152,7 +149,7 @@ def search(
     elif own_rule:
         choices = {each.title: choose_modes(each.head_mse, each.density) for each in cells}
     else:
-        choices = problem.solve(target, share=_attention_share(runs), max_kinds=max_kinds)
+        choices = problem.solve(target, share=_attention_share(runs))
     expected = problem.expected(choices)
     progress("solve", 1, 1)
     unit = "seconds" if budget is None else "density"
@@ -200,7 +197,6 @@ def check_preset(
     limits: Sequence[float | None],
     *,
     candidates: Any = None,
-    max_kinds: int | None = None,
     cost: Any = None,
     folder: Any = None,
 ) -> None:
@@ -210,7 +206,6 @@ def check_preset(
         preset: Its name; ``None`` for no paper's.
         limits: Budget, in (0, 1], speed-up, above 0, and error, at least 0, with ``None`` for those not given.
         candidates: Candidates; ``None`` if none are given, like the others.
-        max_kinds: How many of them the heads of a layer may use, at least 1.
         cost: A cost model.
         folder: Where scores are kept.
 
@@ -223,11 +218,6 @@ def check_preset(
         raise ValueError(f"unknown preset {preset!r}; presets are: {', '.join(PRESETS)}")
     if candidates is not None:
         raise ValueError(f"preset {preset!r} has candidates of its own; give one of the two")
-    if max_kinds is not None and (preset == "paro" or all(limit is None for limit in limits)):
-        rule = "a limit, such as a budget" if preset != "paro" else "another search"
-        raise ValueError(
-            f"preset {preset!r} chooses by its own rule, so max_kinds has no effect; leave it out, or use {rule}"
-        )
     if preset != "paro":
         return
     if any(limit is not None for limit in limits[1:]):
@@ -255,7 +245,7 @@ def check_seed(seed: int, count: int) -> None:
 
 
 def _check_prompts(prompts: Sequence[str] | None) -> tuple[str, ...]:
-    texts = calibration_prompts(PROMPTS) if prompts is None else tuple(prompts)
+    texts = CALIBRATION_PROMPTS[:PROMPTS] if prompts is None else tuple(prompts)
     if isinstance(prompts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"prompts must be at least one text that is not empty, got {prompts!r}")
     return texts
@@ -300,19 +290,3 @@ def _transformer_plan(cells: Cells, transformer: Module, choices: Choices, model
         recalls=recall.tolist(),
         frame_mass=cells.mass.clip(0, 1).tolist() if cells.mass.any() else (),
     )
-
-
-def calibration_prompts(count: int) -> tuple[str, ...]:
-    """Return built-in prompts.
-
-    Args:
-        count: How many, in [1, 12].
-
-    Raises:
-        ValueError: There are not as many.
-    """
-    if not 1 <= count <= len(CALIBRATION_PROMPTS):
-        raise ValueError(
-            f"there are {len(CALIBRATION_PROMPTS)} built-in prompts, got {count}; give prompts of your own"
-        )
-    return CALIBRATION_PROMPTS[:count]

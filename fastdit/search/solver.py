@@ -1,4 +1,4 @@
-"""Choose a candidate for every cell under a budget: a multiple-choice knapsack over convex hulls."""
+"""A multiple-choice knapsack solver: one candidate for every cell under a budget."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ROUNDING = 1e-9
-"""A sum may pass its limit by this share of it, so that a budget that is met exactly is met in floating point too."""
-
-MAX_STATES = 1 << 22
-"""Partial solutions that the exact part keeps in all, at about ten bytes each."""
+"""Relative tolerance of a limit, for budgets that are met exactly."""
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 
 class ImpossibleBudget(ValueError):
-    """Say that no choice meets a budget, and which ones can be met.
+    """A budget that no choice meets, with the range of those that can be met.
 
     Args:
         what: What is limited: ``"budget"`` or ``"max_error"``.
@@ -41,24 +38,17 @@ def solve(
     budget: float | None = None,
     *,
     max_error: float | None = None,
-    groups: ArrayLike | None = None,
-    max_kinds: int | None = None,
 ) -> Indices:
     """Choose for every cell the candidate so that the total error is least within a total cost, or the other way round.
 
-    A Lagrange multiplier on the convex hull of each cell gives a choice that is at most one step of one hull away
-    from the optimum. An exact search over what the multiplier leaves undecided then closes the gap; it is cut short
-    only where it would keep more than ``MAX_STATES`` partial solutions. How far off a choice can then be is told by the
-    curve of ``frontier``, which no choice is below. The same input always gives the same choice.
+    The steps of the cells' convex hulls are taken, the steepest first, while they fit. The choice is at most one step
+    of one hull away from the optimum; no choice is below the curve of ``frontier``. Equal input gives an equal choice.
 
     Args:
         errors: ``(cells, candidates)`` errors of at least 0; a candidate with NaN or infinity is not used in that cell.
         costs: ``(cells, candidates)`` costs of at least 0, in any unit: seconds, densities; likewise.
         budget: Largest total cost, in the unit of ``costs``.
         max_error: Largest total error, instead of ``budget``: the total cost is then least.
-        groups: ``(cells,)`` labels: cells of one label are the heads of one layer and step bucket.
-        max_kinds: How many candidates the cells of a group may use, at least 1; needs ``groups``. Which ones is a
-            heuristic.
 
     Returns:
         ``(cells,)`` index of the candidate of each cell.
@@ -77,18 +67,8 @@ def solve(
         values, weights, limit, what = second, first, float(max_error), "max_error"
     if np.isnan(limit):
         raise ValueError(f"{what} must be a number, got nan")
-    if (groups is None) != (max_kinds is None):
-        raise ValueError("groups and max_kinds belong together: give both or neither")
-    if groups is not None and max_kinds is not None:
-        if max_kinds < 1:
-            raise ValueError(f"max_kinds must be at least 1, got {max_kinds}")
-        usable = _limit_kinds(values, weights, usable, limit, _labels(len(usable), groups), max_kinds)
-        if not usable.any(1).all():
-            raise ValueError(f"max_kinds={max_kinds} leaves cells without a candidate; allow more, or dense everywhere")
     hulls = _Hulls.of(values, weights, usable)
-    limit = hulls.within_reach(limit, what)
-    choice, multiplier = hulls.descend(limit)
-    return _refine(values, weights, usable, limit, choice, multiplier)
+    return hulls.descend(hulls.within_reach(limit, what))
 
 
 def frontier(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats]:
@@ -114,7 +94,7 @@ def frontier(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True, eq=False)
 class _Hulls:
-    """Hold the lower convex hulls of all cells: where they start, and their steps, the steepest first."""
+    """The lower convex hulls of all cells: where they start, and their steps, the steepest first."""
 
     start: Indices
     cell: Indices
@@ -147,23 +127,14 @@ class _Hulls:
             raise ImpossibleBudget(what, limit, self.least, self.most)
         return min(limit, self.most) * (1 + ROUNDING)
 
-    def descend(self, limit: float) -> tuple[Indices, float]:
-        """Take the steepest steps while they fit, and return the choice and the slope of the first that does not."""
-        choice, spent, multiplier = self.start.copy(), self.least, 0.0
-        for cell, before, after, gain, price in zip(
-            self.cell.tolist(),
-            self.before.tolist(),
-            self.after.tolist(),
-            self.gain.tolist(),
-            self.price.tolist(),
-            strict=True,
-        ):
+    def descend(self, limit: float) -> Indices:
+        """Take the steps that fit, the steepest first."""
+        choice, spent = self.start.copy(), self.least
+        for cell, before, after, price in zip(self.cell, self.before, self.after, self.price, strict=True):
             if choice[cell] == before and spent + price <= limit:
                 choice[cell] = after
                 spent += price
-            else:
-                multiplier = multiplier or gain / price
-        return choice, multiplier
+        return choice
 
 
 def _lower_hull(values: list[float], weights: list[float], order: list[int]) -> list[int]:
@@ -182,114 +153,6 @@ def _lower_hull(values: list[float], weights: list[float], order: list[int]) -> 
     return hull
 
 
-def _refine(
-    values: Floats, weights: Floats, usable: NDArray[np.bool_], limit: float, choice: Indices, multiplier: float
-) -> Indices:
-    """Search for a choice better than the given one among those that the multiplier does not rule out.
-
-    A candidate's reduced value is what choosing it adds to the lower bound. Those whose sum reaches the gap between
-    the bound and the best choice known cannot be part of a better one (Pisinger, EJOR 83, 1995), which leaves few cells
-    open; of these, one after the other, all partial choices are kept that no other is better than in both sums.
-    """
-    cells = np.arange(len(values))
-    best = float(values[cells, choice].sum())
-    penalised = _penalised(values, weights, usable, multiplier)
-    bound = float(penalised.min(1).sum() - multiplier * limit)
-    gap = best - bound
-    if multiplier == 0 or gap <= 1e-12 * max(abs(best), abs(bound)):
-        return choice
-    reduced = penalised - penalised.min(1, keepdims=True)
-    alive = reduced < gap
-    settled = alive.sum(1) == 1
-    sure = alive.argmax(1)
-    open_cells = np.flatnonzero(~settled)
-    # the most undecided first: the others then have little left to decide
-    open_cells = open_cells[np.argsort(np.partition(reduced[open_cells], 1)[:, 1], kind="stable")]
-    least = np.where(alive, weights, np.inf).min(1)
-    rest = np.append(np.cumsum(least[open_cells][::-1])[::-1], 0.0)[1:]
-    weight = np.array([weights[cells, sure][settled].sum()])
-    value = np.array([values[cells, sure][settled].sum()])
-    excess = np.array([reduced[cells, sure][settled].sum()])
-    width = max(256, MAX_STATES // max(1, len(open_cells)))
-    trail: list[tuple[NDArray[np.int32], NDArray[np.int16]]] = []
-    for cell, still in zip(open_cells, rest, strict=True):
-        options = np.flatnonzero(alive[cell])
-        sums = [(x[:, None] + y[cell, options]).ravel() for x, y in ((weight, weights), (value, values))]
-        excess = (excess[:, None] + reduced[cell, options]).ravel()
-        kept = np.flatnonzero((excess < gap) & (sums[0] + still <= limit))
-        kept = kept[np.lexsort((sums[1][kept], sums[0][kept]))]
-        lowest = np.minimum.accumulate(np.append(np.inf, sums[1][kept]))
-        kept = kept[sums[1][kept] < lowest[:-1]]
-        if len(kept) > width:
-            kept = kept[np.sort(np.argsort(excess[kept], kind="stable")[:width])]
-        if len(kept) == 0:
-            return choice
-        trail.append(((kept // len(options)).astype(np.int32), options[kept % len(options)].astype(np.int16)))
-        weight, value, excess = sums[0][kept], sums[1][kept], excess[kept]
-    if value[-1] >= best:
-        return choice
-    better, state = sure.copy(), len(value) - 1
-    for cell, (parent, option) in zip(open_cells[::-1], reversed(trail), strict=True):
-        better[cell], state = option[state], parent[state]
-    return better
-
-
-def _limit_kinds(
-    values: Floats,
-    weights: Floats,
-    usable: NDArray[np.bool_],
-    limit: float,
-    groups: Indices,
-    max_kinds: int,
-) -> NDArray[np.bool_]:
-    """Leave each group the candidates that serve it best, at the smallest multiplier that keeps within the limit."""
-    cells = np.arange(len(values))
-    spread = [np.ptp(x[usable]) or 1.0 for x in (values, weights)]
-
-    def at(multiplier: float) -> tuple[NDArray[np.bool_], float]:
-        cost = _penalised(values, weights, usable, multiplier)
-        allowed = usable & _best_kinds(cost, groups, max_kinds)
-        choice = np.where(allowed, cost, np.inf).argmin(1)
-        return allowed, float(weights[cells, choice].sum())
-
-    low, high = -9.0, 9.0  # powers of ten of the multiplier, times the ratio of the spreads
-    allowed, _ = at(10.0**high * spread[0] / spread[1])
-    free, weight = at(0.0)
-    if weight <= limit * (1 + ROUNDING):
-        return free
-    for _ in range(40):
-        middle = (low + high) / 2
-        tried, weight = at(10.0**middle * spread[0] / spread[1])
-        if weight <= limit * (1 + ROUNDING):
-            allowed, high = tried, middle
-        else:
-            low = middle
-    return allowed
-
-
-def _best_kinds(cost: Floats, groups: Indices, max_kinds: int) -> NDArray[np.bool_]:
-    """Pick candidates for each group one by one, each time the one that lowers the sum of its cells most."""
-    # a cell without any candidate weighs more than all that could be saved elsewhere
-    missing = 1 + 2 * np.abs(cost[np.isfinite(cost)]).sum()
-    by_kind = np.where(np.isfinite(cost), cost, missing)
-    allowed = np.zeros(cost.shape, bool)
-    for group in range(int(groups.max()) + 1):
-        members = np.flatnonzero(groups == group)
-        served = np.full(len(members), missing)
-        for _ in range(max_kinds):
-            sums = np.minimum(served[:, None], by_kind[members]).sum(0)
-            kind = int(sums.argmin())
-            if sums[kind] >= served.sum():
-                break
-            served = np.minimum(served, by_kind[members, kind])
-            allowed[members, kind] = True
-    return allowed
-
-
-def _penalised(values: Floats, weights: Floats, usable: NDArray[np.bool_], multiplier: float) -> Floats:
-    return np.where(usable, values + multiplier * np.where(usable, weights, 0), np.inf)
-
-
 def _check(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     first, second = np.asarray(errors, np.float64), np.asarray(costs, np.float64)
     if first.ndim != 2 or first.shape != second.shape or 0 in first.shape:
@@ -305,10 +168,3 @@ def _check(errors: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats, NDArray
     if (first[usable] < 0).any() or (second[usable] < 0).any():
         raise ValueError("errors and costs must be at least 0")
     return first, second, usable
-
-
-def _labels(cells: int, groups: ArrayLike) -> Indices:
-    named = np.asarray(groups)
-    if named.shape != (cells,):
-        raise ValueError(f"groups must be ({cells},), got {named.shape}")
-    return np.unique(named, return_inverse=True)[1]

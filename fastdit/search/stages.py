@@ -1,4 +1,4 @@
-"""The parts of a search that run the pipeline or take time, with what they share."""
+"""Search stages that run the pipeline or measure time."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..attention import AttentionMethod, MethodState, Pattern
-from ..attention.methods.paro.calibration import calibrate
+from ..attention import AttentionMethod
+from ..attention.methods.paro.calibration import PASSES, Look, NoSamples, calibrate
 from ..attention.methods.paro.paro import Paro
 from ..files import moved_when_complete
 from ..pipelines.families.family import find_family
+from ..pipelines.observe import ObservedCall, observe
 from ..pipelines.targets import require_transformers
 from ..plans.schema import write_json
-from ..schedule import Schedule
-from ..tokens import AttentionCall
 from .candidates import describe
-from .capture import LiveSamples, capturing, probing
+from .capture import capturing
 from .cost import ROUNDS, TOO_SLOW, CostModel, device_name, measure_cost
 from .fingerprint import fingerprint, plain
 from .sampling import SampledSteps, Sampling
@@ -31,13 +30,10 @@ from .statistics import check_covered
 
 Progress = Callable[[str, int, int], None]
 
-_PASSES = 3
-"""How often a calibration goes through its samples."""
-
 
 @dataclass
 class Task:
-    """Run the pipeline of a search.
+    """The pipeline of a search and how it is run.
 
     Args:
         pipeline: A diffusers pipeline.
@@ -131,13 +127,16 @@ class Task:
         Raises:
             ValueError: No call can run sparse; the error says why.
         """
-        survey = _Survey()
-        with probing(self.pipeline, lambda *about: survey, Schedule()) as found:
+
+        def stop(seen: ObservedCall) -> None:
+            raise _FirstCall(Shape.of(seen.q, seen.call))
+
+        with observe(self.pipeline, stop) as observed:
             try:
                 self.generate(prompt, seed)
             except _FirstCall as first:
                 return first.shape
-        reasons = {reason for _, runtime in found for layer in runtime.layers for reason in layer.stats.fallbacks}
+        reasons = {reason for _, runtime in observed for layer in runtime.layers for reason in layer.stats.fallbacks}
         raise ValueError(
             f"no attention call of this pipeline can run sparse: {'; '.join(sorted(reasons)) or 'none is made'}"
         )
@@ -212,27 +211,34 @@ class Task:
             density: Fraction of pairs to keep, in (0, 1].
 
         Raises:
-            ValueError: The only transformer was not sampled in each bucket.
+            NoSamples: The only transformer was not sampled.
+            ValueError: It was not sampled in each bucket.
         """
         titles = list(require_transformers(self.pipeline))
-        meter = Meter(self.progress, "calibrate", _PASSES * len(titles), 1)
-
-        def generate() -> None:
-            self.generate(prompt, seed)
-            meter.advance(1)
-            meter.finish_part()
-
+        meter = Meter(self.progress, "calibrate", PASSES * len(titles), 1)
         schedule = SampledSteps(sampling=self.sampling)
         # of two transformers each runs in a part of the steps only
         edges = self.sampling.edges(self.num_steps) if len(titles) == 1 else (1.0,)
-        found = {}
+
+        def run(title: str, look: Look) -> None:
+            def show(seen: ObservedCall) -> None:
+                if seen.title == title:
+                    look(seen.q, seen.k, seen.call)
+
+            with observe(self.pipeline, show, schedule=schedule):
+                self.generate(prompt, seed)
+            meter.advance(1)
+            meter.finish_part()
+
+        methods = {}
         for title in titles:
-            samples = LiveSamples(self.pipeline, title, schedule, generate)
-            if len(titles) == 1 or samples.any():
-                found[title] = Paro(plan=calibrate(samples, density=density, edges=edges))
-            else:  # it runs in dense steps only
-                meter.skip_parts(_PASSES - 1)
-        return found
+            try:
+                methods[title] = Paro(plan=calibrate(partial(run, title), density=density, edges=edges))
+            except NoSamples:
+                if len(titles) == 1:
+                    raise
+                meter.skip_parts(PASSES - 1)  # it runs in dense steps only
+        return methods
 
     def _settings(self) -> dict[str, Any]:
         scheduler = self.pipeline.scheduler
@@ -255,7 +261,7 @@ class Task:
 
 
 class Meter:
-    """Count work, and correct the estimate of all of it by what the parts so far took.
+    """A counter of work that corrects its estimate of the total after each part.
 
     Args:
         progress: Called with the stage, what is done and an estimate of all there is to do.
@@ -299,24 +305,11 @@ class Meter:
 
 
 class _FirstCall(Exception):
-    """End a survey."""
+    """The end of a survey at its first call."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.shape = shape
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Survey(AttentionMethod):
-    """Look at one call."""
-
-    name = "survey"
-
-    def pattern(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
-        raise _FirstCall(Shape.of(q, call))
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: MethodState) -> Tensor:
-        raise _FirstCall(Shape.of(q, call))
 
 
 @contextmanager

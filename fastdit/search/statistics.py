@@ -1,4 +1,4 @@
-"""What a search decides about: cells, one for each transformer, step bucket, layer and head."""
+"""Statistics of cells: one cell for each transformer, step bucket, layer and head."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .scores import CallScores, Scores, Shape
 Floats = NDArray[np.float64]
 
 QUANTILE = 0.9
-"""Of the errors over samples: what holds for most prompts, not only for the average one."""
+"""Default quantile of errors over samples, so that most prompts are covered and not only the average."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Hold what was found about the cells of one transformer, for every candidate.
+    """The statistics of the cells of one transformer, for every candidate.
 
     Args:
         title: The transformer.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...attention import AttentionMethod, MethodState, get_method, method_class
-from ...attention.methods.paro.calibration import calibrate
+from ...attention.methods.paro.calibration import Look, calibrate
 from ...attention.per_head.table import Table
 from ...functional import pattern
 from ...schedule import step_bucket
@@ -78,10 +78,13 @@ def _radial(given: dict[str, Any], density: float, samples: Sequence[Sample]) ->
 
 
 def _paro(given: dict[str, Any], density: float, samples: Sequence[Sample]) -> AttentionMethod:
-    calls = [(sample.q, sample.k, sample.call) for sample in samples]
-    parts = {step_bucket(PARO_EDGES, call.step, call.num_steps) for _, _, call in calls}
+    def run(look: Look) -> None:
+        for sample in samples:
+            look(sample.q, sample.k, sample.call)
+
+    parts = {step_bucket(PARO_EDGES, sample.call.step, sample.call.num_steps) for sample in samples}
     edges = PARO_EDGES if len(parts) == len(PARO_EDGES) else (1.0,)
-    return get_method("paro", plan=calibrate(calls, density=density, edges=edges), **given)
+    return get_method("paro", plan=calibrate(run, density=density, edges=edges), **given)
 
 
 @torch.no_grad()

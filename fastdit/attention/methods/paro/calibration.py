@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,20 @@ from ...mass import attention_rows, block_mass
 from ...method import check_block_size, check_density
 from .masks import AXIS_ORDERS, ParoPlan, pack
 
-Samples = Iterable[tuple[Tensor, Tensor, AttentionCall]]
+PASSES = 3
+"""Runs that a calibration takes: to check the samples, to choose orders, to sum over blocks."""
+
+Look = Callable[[Tensor, Tensor, AttentionCall], object]
+Run = Callable[[Look], object]
+
+
+class NoSamples(ValueError):
+    """A calibration run without samples."""
 
 
 @torch.no_grad()
 def calibrate(
-    samples: Samples,
+    run: Run,
     *,
     density: float = 0.5,
     block_size: int = 64,
@@ -40,12 +48,14 @@ def calibrate(
     steps: those with the largest sums of the attention map in that order, until the density is met. Each block's own
     comes before all others. Text is always computed, and counts in the density.
 
-    The samples are gone through three times: to check them, to choose orders, to sum over blocks. Attention maps are
-    computed a few rows at a time; the sums of all layers and heads are held together, 4 bytes for each pair of blocks.
+    The run is repeated: to check the samples, to choose orders, to sum over blocks. No sample is kept. Attention maps
+    are computed a few rows at a time; the sums of all layers and heads are held together, 4 bytes for each pair of
+    blocks.
 
     Args:
-        samples: ``(q, k, call)`` with queries and keys ``(B, H, S, D)``, after normalisation and rotary embedding.
-            Their calls agree in tokens and number of layers, and cover each layer in each bucket.
+        run: Runs the model and calls the function it is given with each sample, ``(q, k, call)``: queries and keys
+            ``(B, H, S, D)``, after normalisation and rotary embedding. Each time the samples are the same. Their calls
+            agree in tokens and number of layers, and cover each layer in each bucket.
         density: Fraction of the (query, key) pairs to keep, in (0, 1]. The paper reports 0.5, 0.3 and 0.2.
         block_size: Tokens per block, a power of two in [16, 256].
         edges: Ends of the step buckets as fractions of the run, ascending, the last one 1; each has blocks of its own.
@@ -58,7 +68,6 @@ def calibrate(
 
     Raises:
         ValueError: A number is out of range, the samples do not fit each other, or some are missing or not finite.
-        TypeError: ``samples`` can be gone through only once.
 
     Source: PAROAttention (arXiv 2506.16054), offline calibration.
     """
@@ -70,30 +79,36 @@ def calibrate(
             "small must be above 0, small_share in (0, 1] and balance in [0, 1], "
             f"got {small}, {small_share} and {balance}"
         )
-    tokens, counts, heads, default = _check(samples, edges)
+    tokens, counts, heads, default = _check(run, edges)
     device = torch.device(default if device is None else device)
     layouts = [
         TokenLayout.build(tokens, block=block_size, order=axis_order(tokens.grid, axes), device=device)
         for axes in AXIS_ORDERS
     ]
     sparse, uneven = torch.zeros(2, len(AXIS_ORDERS), len(counts), heads, dtype=torch.float64, device="cpu")
-    for q, k, call in samples:
+
+    def compare_orders(q: Tensor, k: Tensor, call: AttentionCall) -> None:
         for place, layout in enumerate(layouts):
-            found = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
-            sparse[place, call.layer] += found[0].cpu() / counts[call.layer]
-            uneven[place, call.layer] += found[1].cpu() / counts[call.layer]
+            means = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
+            sparse[place, call.layer] += means[0].cpu() / counts[call.layer]
+            uneven[place, call.layer] += means[1].cpu() / counts[call.layer]
+
+    run(compare_orders)
     scores = order_scores(sparse, uneven, balance)
     chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # of those equal up to rounding the first
 
     lengths = layouts[0].block_lengths[0, : layouts[0].video_blocks].long().cpu()
     shape = (len(edges), *chosen.shape, len(lengths), len(lengths))
     sums = torch.zeros(shape, dtype=torch.float32, device="cpu")
-    for q, k, call in samples:
+
+    def add_mass(q: Tensor, k: Tensor, call: AttentionCall) -> None:
         into = sums[step_bucket(edges, call.step, call.num_steps), call.layer]
         for place in chosen[call.layer].unique().tolist():
             head = (chosen[call.layer] == place).nonzero().flatten()
             mass = block_mass(**_of_video(q[:, head].to(device), k[:, head].to(device), call, layouts[place]))
             into[head] += mass[..., : len(lengths)].sum(0).float().cpu()
+
+    run(add_mass)
     if not sums.isfinite().all():
         raise ValueError("queries or keys of the samples are NaN or Inf; capture them anew, or in a wider dtype")
     pairs = lengths[:, None] * lengths
@@ -185,34 +200,35 @@ def keep_largest(sums: Tensor, pairs: Tensor, budget: float) -> Tensor:
     return kept.view(sums.shape) | own
 
 
-def _check(samples: Samples, edges: Sequence[float]) -> tuple[TokenSpec, list[int], int, torch.device]:
+def _check(run: Run, edges: Sequence[float]) -> tuple[TokenSpec, list[int], int, torch.device]:
     """Return the tokens, how many samples each layer has, the number of heads, and the device of the first sample.
 
     Raises:
+        NoSamples: There are none.
         ValueError: The samples do not fit each other, or some are missing.
-        TypeError: They can be gone through only once.
     """
-    if isinstance(samples, Iterator):
-        raise TypeError("samples are gone through three times, got an iterator; give a list, or what loads them anew")
     seen: Counter[tuple[int, int]] = Counter()
-    like, device = None, torch.device("cpu")
-    for q, k, call in samples:
+    first: tuple[tuple[TokenSpec, int, int], torch.device] | None = None
+
+    def check(q: Tensor, k: Tensor, call: AttentionCall) -> None:
+        nonlocal first
         if q.ndim != 4 or q.shape != k.shape or q.shape[2] != call.tokens.num_tokens:
             raise ValueError(
                 f"q and k must be (B, H, {call.tokens.num_tokens}, D), as the tokens of their call are, "
                 f"got {tuple(q.shape)} and {tuple(k.shape)}"
             )
         this = (call.tokens, call.num_layers, q.shape[1])
-        if like is None:
-            like, device = this, q.device
-        if this != like:
+        first = (this, q.device) if first is None else first
+        if this != first[0]:
             raise ValueError(
-                f"samples must agree in tokens, layers and heads, got {like} and {this}; calibrate them apart"
+                f"samples must agree in tokens, layers and heads, got {first[0]} and {this}; calibrate them apart"
             )
         seen[step_bucket(edges, call.step, call.num_steps), call.layer] += 1
-    if like is None:
-        raise ValueError("there are no samples to calibrate with; give at least one for each layer")
-    tokens, layers, heads = like
+
+    run(check)
+    if first is None:
+        raise NoSamples("there are no samples to calibrate with; give at least one for each layer")
+    (tokens, layers, heads), device = first
     missing = [(bucket, layer) for bucket in range(len(edges)) for layer in range(layers) if not seen[bucket, layer]]
     if missing:
         raise ValueError(

@@ -87,7 +87,7 @@ class Paro(BlockMethod):
         plan = self.loaded
         if plan is None:
             raise ValueError(
-                "method 'paro' has no plan; make one with fastdit.attention.methods.paro.calibrate(samples, "
+                "method 'paro' has no plan; make one with fastdit.attention.methods.paro.calibrate(run, "
                 "density=...) and give it, or the path it was saved to, as plan="
             )
         for what, planned, got in (
