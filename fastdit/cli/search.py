@@ -128,8 +128,7 @@ def search(
 
     texts = None if prompts is None else read_prompts(None, prompts)
     check_target(output, (".json",))
-    wanted = {"budget": budget, "target_speedup": target_speedup, "max_error": max_error, "end_to_end": end_to_end}
-    listed = _check_request(wanted, candidates, preset, cost=cost_model, folder=folder)
+    listed = _check_request(limit, candidates, preset, cost=cost_model, folder=folder)
     if folder is None and preset != "paro":  # which keeps no scores
         folder = output.with_suffix(".scores")
     if folder is not None:
