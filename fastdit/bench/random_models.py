@@ -142,8 +142,8 @@ def model_of(problem: Problem) -> RandomModel | None:
     Args:
         problem: The problem.
     """
-    found = [name for name in MODELS if problem.name == name or problem.name.startswith(name + "-")]
-    return MODELS[max(found, key=len)] if found else None
+    names = [name for name in MODELS if problem.name == name or problem.name.startswith(name + "-")]
+    return MODELS[max(names, key=len)] if names else None
 
 
 def problem_preset(problem: Problem) -> Preset:

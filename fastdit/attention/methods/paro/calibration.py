@@ -79,9 +79,9 @@ def calibrate(
     sparse, uneven = torch.zeros(2, len(AXIS_ORDERS), len(counts), heads, dtype=torch.float64, device="cpu")
     for q, k, call in samples:
         for place, layout in enumerate(layouts):
-            found = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
-            sparse[place, call.layer] += found[0].cpu() / counts[call.layer]
-            uneven[place, call.layer] += found[1].cpu() / counts[call.layer]
+            measured = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
+            sparse[place, call.layer] += measured[0].cpu() / counts[call.layer]
+            uneven[place, call.layer] += measured[1].cpu() / counts[call.layer]
     scores = order_scores(sparse, uneven, balance)
     chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # of those equal up to rounding the first
 
