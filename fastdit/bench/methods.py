@@ -41,7 +41,7 @@ def method_jobs(
         calibration: Other calls of the same kind, from which densities are matched and plans calibrated.
         settings: The settings.
         densities: Fractions of the pairs, each in (0, 1].
-        about: What rows say of the source.
+        about: Description of the source in the rows.
         preset: Finds what the default is on calls of this source.
         seconds: Estimate of one setting at density 1; ``None``: no estimate.
     """
@@ -129,7 +129,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     if not method.static:
         choice = run()[2]["choice"]
         state.refresh = False
-    # From its first call, which may be a dense one, a method may learn what later ones leave out.
+    # Timed after the first call, which may be dense and teach the method what later calls skip.
     out, seconds, spent = run()
     if out.shape != q.shape or not torch.isfinite(out).all():
         return {"fault": f"{sample.name}: the output has NaN or Inf, or the wrong shape"}

@@ -194,9 +194,9 @@ def random_subject(
 
     Args:
         problem: The problem.
-        dtype: Of the weights.
-        device: Where they are.
-        seed: Of weights and inputs.
+        dtype: Dtype of the weights.
+        device: Their device.
+        seed: Random seed.
         changes: Fields of the configuration that differ, for fewer layers.
 
     Raises:
@@ -208,7 +208,7 @@ def random_subject(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = model.make(device, changes)
-        Module.to(transformer, dtype).eval()  # the warning of diffusers is about weights that mean something
+        Module.to(transformer, dtype).eval()  # skips diffusers' warning, which concerns trained weights
         arguments = _arguments(model, transformer, problem, dtype, device)
 
     timesteps = torch.linspace(1000, 0, problem.steps + 1)[:-1].to(device)

@@ -124,6 +124,6 @@ def radial_fields(
         turned |= {"tile": (1, 8, 8)} if ("order", "tile") in given else {}
         turned |= dict(given)
         off = abs(pattern("radial", grid=grid, **turned).density - density)
-        if off < best[0] - 1e-3:  # of two that are about as near, the one with a sink
+        if off < best[0] - 1e-3:  # prefers a sink among nearly equal ones
             best = (off, turned)
     return best[1]

@@ -25,7 +25,7 @@ DEFAULT = "default"
 
 WARMUP = 0.3
 EVERY_STEP = Schedule(warmup_steps=WARMUP)
-# AdaSpa's first search is a dense step, so one warm-up step less is as many dense steps
+# AdaSpa's first search is a dense step, so one warm-up step less gives the same number of dense steps
 SEARCH = Schedule(warmup_steps=0.2, refresh_steps=(0.2, 0.6))
 
 KNOBS = {"paro": "plan", "radial": "decay"}
@@ -78,7 +78,7 @@ class Setting:
         if self.method == PLAN:
             return Plan.load(self.fields["path"])
         given = dict(self.fields)
-        if self.method == SPARSE_VDIT:  # no registered method: whoever says its density has it calibrated too
+        if self.method == SPARSE_VDIT:  # not a registered method; calibrated even at a density of its own
             density = given.pop("density", density)
         if density is None:
             return get_method(self.method, **given)
