@@ -41,12 +41,12 @@ def method_jobs(
         calibration: Other calls of the same kind, from which densities are matched and plans calibrated.
         settings: The settings.
         densities: Fractions of the pairs, each in (0, 1].
-        about: What rows say of the source.
+        about: Description of the source in the rows.
         preset: Finds what the default is on calls of this source.
         seconds: Estimate of one setting at density 1; ``None``: no estimate.
     """
     shared = cache(lambda: (measured(), calibration()))
-    found = cache(preset)
+    preset_once = cache(preset)
 
     def job(chosen: Sequence[Setting], density: float | None) -> Job:
         parts = {setting.name: setting for setting in chosen}
@@ -54,7 +54,7 @@ def method_jobs(
             "methods",
             source if density is None else f"{source} @{density:g}",
             tuple(parts),
-            partial(_measure, shared, found, parts, density),
+            partial(_measure, shared, preset_once, parts, density),
             None if seconds is None else seconds * len(parts) * (1 + (density or 0.0)),
             {"source": source, "asked": density, **about},
             len(parts),
@@ -83,12 +83,12 @@ def _measure(
         if not isinstance(method, AttentionMethod):
             outcome.absent[part] = method if isinstance(method, str) else "a plan is for a whole model"
             continue
-        found = [measure_call(method, sample) for sample in measured]
-        wrong = [each["fault"] for each in found if "fault" in each]
+        results = [measure_call(method, sample) for sample in measured]
+        wrong = [each["fault"] for each in results if "fault" in each]
         if wrong:
             outcome.faults[part] = wrong[0]
         else:
-            outcome.rows[part] = {"setting": setting.describe(method, setting.schedule), **_mean(found, measured)}
+            outcome.rows[part] = {"setting": setting.describe(method, setting.schedule), **_mean(results, measured)}
         advance()
     return outcome
 
@@ -129,7 +129,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     if not method.static:
         choice = run()[2]["choice"]
         state.refresh = False
-    # From its first call, which may be a dense one, a method may learn what later ones leave out.
+    # Timed after the first call, which may be dense and teach the method what later calls skip.
     out, seconds, spent = run()
     if out.shape != q.shape or not torch.isfinite(out).all():
         return {"fault": f"{sample.name}: the output has NaN or Inf, or the wrong shape"}
@@ -147,13 +147,13 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     }
 
 
-def _mean(found: Sequence[Row], samples: Sequence[Sample]) -> Row:
-    out: Row = {"calls": len(found)}
+def _mean(results: Sequence[Row], samples: Sequence[Sample]) -> Row:
+    out: Row = {"calls": len(results)}
     for name in ("density", "recall", "error", "first_seconds", "call_seconds", "choice_seconds", "order_seconds"):
-        values = [each[name] for each in found]
+        values = [each[name] for each in results]
         out[name] = None if None in values else sum(values) / len(values)
     out["first"], out["choice"] = (out[name] / out["call_seconds"] for name in ("first_seconds", "choice_seconds"))
-    heads = Tensor([each["heads"] for each in found]).mean(0).tolist()
+    heads = Tensor([each["heads"] for each in results]).mean(0).tolist()
     kinds = samples[0].kinds or tuple(f"head {i}" for i in range(len(heads)))
     out["heads"] = dict(zip(kinds, heads, strict=True))
     return out

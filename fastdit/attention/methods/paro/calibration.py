@@ -79,11 +79,11 @@ def calibrate(
     sparse, uneven = torch.zeros(2, len(AXIS_ORDERS), len(counts), heads, dtype=torch.float64, device="cpu")
     for q, k, call in samples:
         for place, layout in enumerate(layouts):
-            found = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
-            sparse[place, call.layer] += found[0].cpu() / counts[call.layer]
-            uneven[place, call.layer] += found[1].cpu() / counts[call.layer]
+            measured = order_statistics(q.to(device), k.to(device), call, layout, small=small, small_share=small_share)
+            sparse[place, call.layer] += measured[0].cpu() / counts[call.layer]
+            uneven[place, call.layer] += measured[1].cpu() / counts[call.layer]
     scores = order_scores(sparse, uneven, balance)
-    chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # of those equal up to rounding the first
+    chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # the first of those equal up to rounding
 
     lengths = layouts[0].block_lengths[0, : layouts[0].video_blocks].long().cpu()
     shape = (len(edges), *chosen.shape, len(lengths), len(lengths))
@@ -157,7 +157,7 @@ def order_scores(sparse: Tensor, uneven: Tensor, balance: float) -> Tensor:
     Source: PAROAttention (arXiv 2506.16054), choice of the order.
     """
     dense = 1 - sparse
-    # no order has a block that is not sparse: then the first term is 0 for all of them
+    # if all blocks of all orders are sparse, the first term is 0 for all
     share = dense / dense.sum(0).clamp(min=torch.finfo(dense.dtype).tiny)
     return balance * share + (1 - balance) * uneven / uneven.sum(0)
 
@@ -180,7 +180,7 @@ def keep_largest(sums: Tensor, pairs: Tensor, budget: float) -> Tensor:
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     held = pairs.flatten()[order]
     before = held.cumsum(-1) - held
-    # a whole number: beside a fraction, counts would be rounded to the default dtype
+    # an integer budget, because a fraction would round the counts to the default dtype
     kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order, before < math.ceil(budget))
     return kept.view(sums.shape) | own
 
