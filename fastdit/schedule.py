@@ -127,9 +127,8 @@ def step_bucket(edges: Sequence[float], step: int, num_steps: int | None) -> int
         return 0
     if num_steps is None:
         raise ValueError(
-            f"which of {len(edges)} step buckets a call is in depends on the number of denoising steps, and nobody "
-            "said how many there are: enable sparse attention on the pipeline that you call, or use a plan with one "
-            "bucket"
+            f"which of {len(edges)} step buckets a call is in depends on the number of denoising steps, which is "
+            "unknown: enable sparse attention on the pipeline that you call, or use a plan with one bucket"
         )
     return min(bisect_right(edges, (step + 0.5) / num_steps), len(edges) - 1)
 
@@ -151,9 +150,9 @@ def check_edges(edges: Sequence[float]) -> None:
 def _known(num_steps: int | None, name: str) -> int:
     if num_steps is None:
         raise ValueError(
-            f"{name} depends on the number of denoising steps, and nobody said how many there are: "
-            "enable sparse attention on the pipeline that you call; for a bare transformer, as in training, give a "
-            "schedule with warmup_steps as a count, such as Schedule(), refresh_steps as counts and no tail_steps"
+            f"{name} depends on the number of denoising steps, which is unknown: enable sparse attention on the "
+            "pipeline that you call; for a bare transformer, as in training, give a schedule with warmup_steps as a "
+            "count, such as Schedule(), refresh_steps as counts and no tail_steps"
         )
     return num_steps
 

@@ -60,7 +60,7 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
     """Return a value that is of a type and allowed; a list as a tuple, and a path as text, where those are wanted.
 
     Args:
-        name: What it is called, for the error.
+        name: Its name, for the error.
         value: The value.
         kind: The type: a class, a ``Literal``, a tuple, a union, or ``Annotated`` with ``Allowed``. A ``bool`` is no
             number, and a ``float`` is finite.

@@ -102,7 +102,7 @@ def _tiles(
         for h in range(heads):
             keys = _pad(k[b, h].to(lse.dtype) * scale, num_k * block).mT
             queries = _pad(q[b, h].to(lse.dtype), num_q * block).masked_fill(no_query[b, h, :, None], 0)
-            # minus infinity leaves nothing of a row of padding
+            # -inf makes the weights of padding rows 0
             shift = -_pad(lse[b, h, :, None], num_q * block).masked_fill(no_query[b, h, :, None], torch.inf)
             for top in range(0, num_q, rows):
                 of_rows = slice(top * block, (top + rows) * block)

@@ -36,7 +36,7 @@ class AttentionMethod(ABC):
 
     name: ClassVar[str]
     static: ClassVar[bool] = False
-    """Whether the pattern depends on nothing but the make-up of the tokens."""
+    """Whether the pattern depends on the token spec alone."""
     stock: ClassVar[bool] = False
     """Whether the method is the model's own attention call, which then is left untouched."""
     empty: ClassVar[bool] = False
@@ -66,7 +66,7 @@ class AttentionMethod(ABC):
         It is the order of all layers, heads and steps, and has no gaps: calls with ``tokens.ordered`` copy nothing.
 
         Args:
-            tokens: What the sequence is made up of, in raster order.
+            tokens: The token spec of the sequence, in raster order.
         """
         return None
 
@@ -82,7 +82,7 @@ class AttentionMethod(ABC):
             q: ``(B, H, S, D)`` queries, after normalisation and rotary embedding.
             k: ``(B, H, S, D)`` keys, likewise.
             call: The call.
-            state: What this layer remembers.
+            state: Memory of this layer.
         """
 
     def resolve(self, q: Tensor, k: Tensor, call: AttentionCall, state: MethodState) -> Pattern:
@@ -111,7 +111,7 @@ class AttentionMethod(ABC):
             k: ``(B, H, S, D)`` keys, likewise.
             v: ``(B, H, S, D)`` values.
             call: The call.
-            state: What this layer remembers.
+            state: Memory of this layer.
 
         Returns:
             ``(B, H, S, D)``, in the dtype of ``q``.
@@ -152,7 +152,7 @@ class BlockMethod(AttentionMethod):
             v: ``(B, H, S_padded, D)`` values, likewise.
             pattern: Order and blocks, padded keys taken out.
             call: The call.
-            state: What this layer remembers.
+            state: Memory of this layer.
 
         Returns:
             ``(B, H, S_padded, D)``, in the dtype of ``q``.
@@ -263,7 +263,7 @@ def check_block_size(name: str, value: int) -> None:
     """Check a number of tokens per block.
 
     Args:
-        name: What it is called, for the error.
+        name: Its name, for the error.
         value: A power of two in [16, 256].
 
     Raises:

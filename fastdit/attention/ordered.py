@@ -35,14 +35,14 @@ class OrderedMethod(BlockMethod):
     tile: Tile = (4, 4, 4)
 
     def layout(self, call: AttentionCall, device: torch.device, state: MethodState) -> TokenLayout:
-        """Return the layout of a call, built once per make-up of the tokens.
+        """Return the layout of a call, built once per token spec.
 
         Tokens that come in order already (``call.tokens.ordered``) have a layout that changes nothing; ``video_order``
         says which they are all the same.
 
         Args:
             call: The call.
-            device: Where it shall be.
+            device: Device of the result.
             state: Keeps it.
         """
         key = ("layout", self.block_size, self.order, self.tile, call.tokens, device)
@@ -52,7 +52,7 @@ class OrderedMethod(BlockMethod):
         """List the video tokens, by their place in raster order, in the order that is cut into blocks: ``(n,)`` int64.
 
         Args:
-            tokens: What the sequence is made up of.
+            tokens: The token spec of the sequence.
         """
         return token_order(tokens.grid, self.order, self.tile)
 

@@ -46,7 +46,7 @@ def sample_tokens(lengths: Tensor, block: int, samples: int, *, heads: int, seed
         block: Tokens per block, at least 1.
         samples: Tokens to draw from a block, at least 1; all of a block that has fewer.
         heads: Heads to draw for, at least 1.
-        seed: Of the random numbers.
+        seed: Random seed.
 
     Returns:
         ``(B or 1, H, N, min(samples, block))`` int64 positions in the laid out sequence, -1 after the last one.
@@ -187,7 +187,7 @@ def keep_top_p(scores: Tensor, mass: float, *, min_density: float = 0.0, max_den
     total = scores.shape[-1]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     values, order = scores.sort(dim=-1, descending=True, stable=True)
-    # Summed from the smallest: what a row would lose by ending before each score. Exact where it matters.
+    # Summed from the smallest: the mass lost by stopping before each score, exact for small losses.
     lost = values.flip(-1).cumsum(-1).flip(-1)
     place = torch.arange(total, device=scores.device)
     kept = (lost > (1 - mass) * lost[..., :1]) | (place < top_count(min_density, total))
@@ -234,7 +234,7 @@ def keep_first_frame(blocks: Tensor, layout: TokenLayout, tokens: TokenSpec) -> 
     Args:
         blocks: ``(B or 1, H or 1, M, M)`` bool, the video part, in blocks of the layout.
         layout: The order.
-        tokens: What the sequence is made up of.
+        tokens: The token spec of the sequence.
 
     Returns:
         ``(B or 1, H or 1, M, M)`` bool.

@@ -34,7 +34,7 @@ class PatternCache:
 
     Args:
         limit: How many entries are kept, the latest ones, at least 1; ``None``: all of them.
-        lock: Held while something is looked up or built, which may ask for something else. Caches that are in each
+        lock: Held while something is looked up or built; building may look up other entries. Caches that are in each
             other share one.
         entries: What is kept, by key, the latest last.
         shortened: Masks without padding, by the mask that has it and the padding, ``(B, S)`` bool, for as long as both
@@ -105,7 +105,7 @@ class MethodState:
             tokens), device, function. The handle sets it; by default nothing is measured.
         refresh: Whether a dynamic pattern is to be rebuilt in this call. The handle sets it from the schedule.
         pattern: The dynamic pattern of the latest rebuild.
-        tokens: The make-up of the tokens that it was built for.
+        tokens: The token spec that it was built for.
         batch: Samples that it was built for; ``None`` where it serves any number.
         memory: Whatever else a method wants to keep.
         kept: Fraction of (query, key) pairs of the latest call, 0-d fp32 tensor; ``None`` before the first.
@@ -145,7 +145,7 @@ class MethodState:
             k: ``(B, H, S, D)`` keys.
             v: ``(B, H, S, D)`` values.
             mask: The blocks.
-            compensate: What stands in for blocks that are left out, ``"mean"`` or ``None``.
+            compensate: Compensation of skipped blocks, ``"mean"`` or ``None``.
         """
         if self.precision is None or self.excuse is None:
             return self.precision

@@ -60,8 +60,8 @@ class Subject:
         target: The pipeline whose attention is made sparse.
         run: Makes one video with the attention as it is now, or the steps that its times can be computed from.
         samples: Makes the calls that densities are matched on, of every layer or of one in the middle.
-        device: Where it runs.
-        about: What rows say of it.
+        device: Device to run on.
+        about: Description of it in the rows.
     """
 
     target: Any
@@ -88,7 +88,7 @@ def e2e_jobs(
         subject: Loads what is timed, when it is first needed.
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
-        about: What rows say of model and size.
+        about: Description of model and size in the rows.
         repeats: Rounds after the warm-up; at least 1.
         seconds: Estimate of one dense run; ``None``: no estimate.
     """
@@ -123,12 +123,12 @@ def _measure(
     runs: dict[str, list[Timing]] = {part: [] for part in ways}
     peaks: dict[str, list[int]] = {part: [] for part in ways}
     handles: dict[str, SparseAttention] = {}
-    for number in range(1 + repeats):  # in turn, so that what else the machine does falls on all alike
+    for number in range(1 + repeats):  # interleaved, so that other load affects all alike
         for part, enable in ways.items():
             timing, peak, handles[part] = _run(subject, enable)
             if number:
                 runs[part].append(timing)
-            else:  # what is compiled or built once is in the first round
+            else:  # the first round includes one-time compilation
                 cold[part] = timing.seconds
             peaks[part] += [] if peak is None else [peak]
             advance()

@@ -35,10 +35,10 @@ def kernel_jobs(
         known: The contenders.
         densities: Fractions of the blocks that are listed, each in (0, 1].
         blocks: Queries and keys in a block.
-        dtype: Of queries, keys and values.
-        device: Where it runs.
-        seed: Of tensors and blocks.
-        repeats: Rounds at least.
+        dtype: Dtype of queries, keys and values.
+        device: Device to run on.
+        seed: Random seed.
+        repeats: Minimum number of rounds.
         throughput: Floating point operations a second of dense attention here, for the estimate; ``None``: no estimate.
     """
     jobs = []
@@ -52,7 +52,7 @@ def kernel_jobs(
         }
         job = partial(_measure, problem, parts, blocks, dtype, device, seed, repeats)
         name = f"{problem.name} {about['setting']['dtype']} {blocks[0]}x{blocks[1]}"
-        # contenders that are absent take no time; about two dense ones are installed anywhere
+        # absent contenders take no time; typically about two dense ones are installed
         seconds = rounds * (2 + sum(densities) * sum(c.name.startswith("fastdit") for c in known)) if rounds else None
         jobs.append(Job("kernels", name, tuple(parts), job, seconds, about, len(parts) + repeats))
     return jobs
@@ -65,7 +65,7 @@ def random_blocks(problem: Problem, density: float, blocks: tuple[int, int], see
         problem: The problem.
         density: Fraction of the blocks of a row, in (0, 1].
         blocks: Queries and keys in a block.
-        seed: Of the draw.
+        seed: Random seed.
     """
     tokens = problem.tokens.num_tokens
     num_q, num_k = (-(-tokens // block) for block in blocks)
@@ -82,9 +82,9 @@ def random_tensors(problem: Problem, dtype: torch.dtype, device: str, seed: int 
 
     Args:
         problem: The problem.
-        dtype: Of the tensors.
-        device: Where they are.
-        seed: Of the draw.
+        dtype: Dtype of the tensors.
+        device: Their device.
+        seed: Random seed.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (1, problem.heads, problem.tokens.num_tokens, problem.head_dim)

@@ -82,12 +82,12 @@ def _measure(
         if not isinstance(method, AttentionMethod):
             outcome.absent[part] = method if isinstance(method, str) else "a plan is for a whole model"
             continue
-        found = [measure_call(method, sample) for sample in measured]
-        wrong = [each["fault"] for each in found if "fault" in each]
+        results = [measure_call(method, sample) for sample in measured]
+        wrong = [each["fault"] for each in results if "fault" in each]
         if wrong:
             outcome.faults[part] = wrong[0]
         else:
-            outcome.rows[part] = {"setting": setting.describe(method, setting.schedule), **_mean(found, measured)}
+            outcome.rows[part] = {"setting": setting.describe(method, setting.schedule), **_mean(results, measured)}
         advance()
     return outcome
 
@@ -128,7 +128,7 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     if not method.static:
         choice = run()[2]["choice"]
         state.refresh = False
-    # From its first call, which may be a dense one, a method may learn what later ones leave out.
+    # Timed after the first call, which may be dense and teach the method what later calls skip.
     out, seconds, spent = run()
     if out.shape != q.shape or not torch.isfinite(out).all():
         return {"fault": f"{sample.name}: the output has NaN or Inf, or the wrong shape"}
@@ -146,13 +146,13 @@ def measure_call(method: AttentionMethod, sample: Sample) -> Row:
     }
 
 
-def _mean(found: Sequence[Row], samples: Sequence[Sample]) -> Row:
-    out: Row = {"calls": len(found)}
+def _mean(results: Sequence[Row], samples: Sequence[Sample]) -> Row:
+    out: Row = {"calls": len(results)}
     for name in ("density", "recall", "error", "first_seconds", "call_seconds", "choice_seconds", "order_seconds"):
-        values = [each[name] for each in found]
+        values = [each[name] for each in results]
         out[name] = None if None in values else sum(values) / len(values)
     out["first"], out["choice"] = (out[name] / out["call_seconds"] for name in ("first_seconds", "choice_seconds"))
-    heads = Tensor([each["heads"] for each in found]).mean(0).tolist()
+    heads = Tensor([each["heads"] for each in results]).mean(0).tolist()
     kinds = samples[0].kinds or tuple(f"head {i}" for i in range(len(heads)))
     out["heads"] = dict(zip(kinds, heads, strict=True))
     return out

@@ -88,11 +88,11 @@ def quality_jobs(
     Args:
         studio: Loads the pipeline, when it is first needed.
         prompts: The prompts.
-        seeds: Of the noise.
+        seeds: Random seeds of the noise.
         settings: The settings.
         densities: Fractions of the pairs of sparse calls, each in (0, 1].
         model: Name of the model.
-        about: What rows say of model and size.
+        about: Description of model and size in the rows.
         seconds: Estimate of one dense video; ``None``: no estimate.
         others: Prompts of earlier runs, whose videos keep their names.
     """
@@ -118,7 +118,7 @@ def quality_jobs(
     def estimate(first: bool, of_prompt: bool) -> float | None:
         if seconds is None:
             return None
-        # before the first, dense calls are kept and looked at; every map of calibrated methods is an exact one
+        # the first job also captures dense calls; calibrated methods compute exact maps of them
         return seconds * (SPARSE + of_prompt + (1 + 2 * calibrated if first else 0))
 
     return [

@@ -91,49 +91,32 @@ def _rotary(text: int, grid: tuple[int, int, int]) -> dict[str, Any]:
     return {"image_rotary_emb": (angles.cos(), angles.sin())}
 
 
-def _cog(layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 64, **more}
+def _wan(layers: int, heads: int, ffn_dim: int, **more: Any) -> RandomModel:
+    config = {**_WAN, "num_layers": layers, "num_attention_heads": heads, "ffn_dim": ffn_dim, **more}
+    return RandomModel("WanTransformer3DModel", config, _patched, (512, 4096))
+
+
+def _cog(layers: int, heads: int, frames: int, **more: Any) -> RandomModel:
+    config = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 64, **more}
+    model = RandomModel("CogVideoXTransformer3DModel", config, _frames_first(frames), (226, 4096))
+    return replace(model, extra=_rotary) if "use_rotary_positional_embeddings" in more else model
 
 
 _COG5 = {"use_rotary_positional_embeddings": True}
 _COG15 = {**_COG5, "patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300}
+_LTX_13B = {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
 
 MODELS: dict[str, RandomModel] = {
-    "wan-1.3b": RandomModel(
-        "WanTransformer3DModel",
-        {**_WAN, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
-        _patched,
-        (512, 4096),
-    ),
-    "wan-14b": RandomModel(
-        "WanTransformer3DModel",
-        {**_WAN, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
-        _patched,
-        (512, 4096),
-    ),
-    "wan-2.2-5b": RandomModel(
-        "WanTransformer3DModel",
-        {**_WAN, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
-        _patched,
-        (512, 4096),
-    ),
+    "wan-1.3b": _wan(30, 12, 8960),
+    "wan-14b": _wan(40, 40, 13824),
+    "wan-2.2-5b": _wan(30, 24, 14336, in_channels=48, out_channels=48),
     "hunyuan": RandomModel("HunyuanVideoTransformer3DModel", {"guidance_embeds": True}, _patched, (256, 4096), _pooled),
-    "cogvideox-2b": RandomModel("CogVideoXTransformer3DModel", _cog(30, 30), _frames_first(1), (226, 4096)),
-    "cogvideox-5b": RandomModel(
-        "CogVideoXTransformer3DModel", _cog(42, 48, **_COG5), _frames_first(1), (226, 4096), _rotary
-    ),
-    "cogvideox-1.5-5b": RandomModel(
-        "CogVideoXTransformer3DModel", _cog(42, 48, **_COG15), _frames_first(2), (226, 4096), _rotary
-    ),
+    "cogvideox-2b": _cog(30, 30, 1),
+    "cogvideox-5b": _cog(42, 48, 1, **_COG5),
+    "cogvideox-1.5-5b": _cog(42, 48, 2, **_COG15),
     "mochi": RandomModel("MochiTransformer3DModel", {}, _patched, (256, 4096), _masked),
     "ltx-2b": RandomModel("LTXVideoTransformer3DModel", {}, _flat, (128, 4096), _sized),
-    "ltx-13b": RandomModel(
-        "LTXVideoTransformer3DModel",
-        {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
-        _flat,
-        (128, 4096),
-        _sized,
-    ),
+    "ltx-13b": RandomModel("LTXVideoTransformer3DModel", _LTX_13B, _flat, (128, 4096), _sized),
 }
 
 
@@ -143,8 +126,8 @@ def model_of(problem: Problem) -> RandomModel | None:
     Args:
         problem: The problem.
     """
-    found = [name for name in MODELS if problem.name == name or problem.name.startswith(name + "-")]
-    return MODELS[max(found, key=len)] if found else None
+    names = [name for name in MODELS if problem.name == name or problem.name.startswith(name + "-")]
+    return MODELS[max(names, key=len)] if names else None
 
 
 def problem_outline(problem: Problem) -> SimpleNamespace:
@@ -214,9 +197,9 @@ def random_subject(
 
     Args:
         problem: The problem.
-        dtype: Of the weights.
-        device: Where they are.
-        seed: Of weights and inputs.
+        dtype: Dtype of the weights.
+        device: Their device.
+        seed: Random seed.
         changes: Fields of the configuration that differ, for fewer layers.
 
     Raises:
@@ -228,7 +211,7 @@ def random_subject(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = model.make(device, changes)
-        Module.to(transformer, dtype).eval()  # the warning of diffusers is about weights that mean something
+        Module.to(transformer, dtype).eval()  # skips diffusers' warning, which concerns trained weights
         arguments = _arguments(model, transformer, problem, dtype, device)
 
     timesteps = torch.linspace(1000, 0, problem.steps + 1)[:-1].to(device)

@@ -54,7 +54,7 @@ def load_pipeline(dtype: torch.dtype | None = None, device: str = "cpu") -> WanP
     """Load the demo model.
 
     Args:
-        dtype: Of all weights; float32 when ``None``, which is the fastest on a CPU.
+        dtype: Dtype of all weights; float32 when ``None``, which is the fastest on a CPU.
         device: A torch device.
 
     Returns:

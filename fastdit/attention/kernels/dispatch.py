@@ -236,7 +236,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, index: Tensor
                 f"batch must be 1 or {q.shape[0]}, heads 1 or {q.shape[1]}"
             )
     tail = tokens_k - (mask.num_k - 1) * mask.block_k
-    # On a GPU this look-up would wait for the device at every call, so there the mask is trusted.
+    # On a GPU this would synchronise at every call, so the mask is trusted there.
     if tail < mask.block_k and mask.device.type == "cpu" and int(mask.lengths_k[..., -1].max()) > tail:
         raise ValueError(
             f"the last key block of the mask holds {int(mask.lengths_k[..., -1].max())} keys, but k ends after "

@@ -58,7 +58,7 @@ def _head(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: Options) ->
         added, means = added.masked_fill(~dropped, -torch.inf), block_means(v, mask)
     scores = torch.cat([scores, added], -1)
     some = (scores > -torch.inf).any(-1, keepdim=True)
-    # An empty row is all -inf, of which no softmax and no logarithm has a gradient; give it zeros and overwrite.
+    # Softmax and logarithm of an all -inf row have no gradient: compute with zeros and overwrite the result.
     scores = torch.where(some, scores, 0)
     top = scores.detach().amax(-1, keepdim=True)
     weights = (scores - top).exp()

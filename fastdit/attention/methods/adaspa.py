@@ -66,7 +66,7 @@ class AdaSpa(OrderedMethod):
         lengths = layout.lengths()[None] if call.key_padding is None else layout.lengths_without(call.key_padding)
         video = layout.video_blocks
         base = top_count(self.density, video)
-        step = min(base // 2, video - base) if self.adaptive else 0  # what there is to get, above a density of 2/3
+        step = min(base // 2, video - base) if self.adaptive else 0  # limited above a density of 2/3
         recall = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
         def choose(heads: slice) -> Tensor:
@@ -85,7 +85,7 @@ class AdaSpa(OrderedMethod):
             recall[:, heads] = 1 - mass.masked_fill(kept, 0).sum((-1, -2)) / total
             if step == 0:
                 return kept
-            # How many of the three budgets keep a block: each keeps what the smaller ones do.
+            # The number of budgets that keep a block; larger budgets keep all that smaller ones do.
             return keep_top_k(scores, base - step).to(torch.uint8) + kept + keep_top_k(scores, base + step)
 
         blocks = by_heads(choose, q.shape[1], q.shape[0] * layout.num_blocks**2)

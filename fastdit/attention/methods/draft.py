@@ -84,7 +84,7 @@ class Draft(BlockMethod):
             if self.parts > 1:
                 return part_scores(q[:, part], k[:, part], layout, parts=self.parts, scale=scale)
             logits = draft_q[:, part] @ draft_k[:, part].mT * scale + log_sizes
-            # the order of the softmax itself, which would underflow to ties
+            # ranks as the softmax does, which would underflow to ties
             return logits if self.per_row else logits.log_softmax(-1)
 
         def choose(part: slice) -> Tensor:
@@ -92,7 +92,7 @@ class Draft(BlockMethod):
                 return keep_top_k(scores(part), top_count(self.density, tiles))
             return keep_top_fraction(scores(part), self.density)
 
-        # of a share of the whole map a row may get any number
+        # a share of the whole map may give a row any number of blocks
         max_count = top_count(self.density, tiles) if self.per_row else tiles
         kept = by_heads(choose, q.shape[1], q.shape[0] * (tiles * self.parts) ** 2)
         return pattern_of(layout, kept, max_count=max_count)

@@ -154,16 +154,8 @@ def _errors(
 ) -> Tensor:
     """Return the squared error of each choice on a few queries: ``(choices, B, h)``.
 
-    It is in fp32, or fp64 for fp64.
-
-    Args:
-        q: ``(B, h, n, D)`` the queries, of some heads.
-        k: ``(B, h, S, D)`` keys.
-        v: ``(B, h, S, D)`` values.
-        rows: ``(n,)`` int64, which tokens the queries are.
-        method: The method, which says whether skipped blocks are compensated.
-        choices: For each shape the layout, and ``(B, h, N, N)`` bool, the blocks.
-        call: The call.
+    In fp32, or fp64 for fp64. The queries ``q``, ``(B, h, n, D)``, are the tokens ``rows``, ``(n,)`` int64; a choice
+    is a layout and its blocks, ``(B, h, N, N)`` bool.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, values, scale = q.to(dtype), k.to(dtype), v.to(dtype), _scale(q, call)

@@ -102,10 +102,7 @@ def radial_blocks(
 def _raster_blocks(grid: VideoGrid, widths: Tensor, block_size: int) -> Tensor:
     """Apply the rule to each part of a block that lies in one frame: ``(N, N)`` bool.
 
-    Args:
-        grid: The video tokens.
-        widths: ``(frames, frames)`` int64, how far the band of two frames reaches to either side, -1 for no band.
-        block_size: Tokens per block, at least 1.
+    ``widths``, ``(frames, frames)`` int64, is how far the band of two frames reaches to either side, -1 for no band.
     """
     num_blocks = math.ceil(grid.num_tokens / block_size)
     block, frame, first, last = _segments(grid, block_size, widths.device)
@@ -126,14 +123,7 @@ def _raster_blocks(grid: VideoGrid, widths: Tensor, block_size: int) -> Tensor:
 
 
 def _ordered_blocks(grid: VideoGrid, widths: Tensor, block_size: int, order: Tensor) -> Tensor:
-    """Apply the rule to whole blocks, counting the queries of a block that each key is in the band of: ``(N, N)`` bool.
-
-    Args:
-        grid: The video tokens.
-        widths: ``(frames, frames)`` int64, how far the band of two frames reaches to either side, -1 for no band.
-        block_size: Tokens per block, at least 1.
-        order: ``(n,)`` int64, the video tokens in the order that is cut into blocks.
-    """
+    """Apply the rule to whole blocks, counting the queries whose band holds each key: ``(N, N)`` bool."""
     size, missing = grid.frame_tokens, -grid.num_tokens % block_size
     place = torch.arange(size, device=order.device)
     kept = []

@@ -29,7 +29,7 @@ class Launch:
         method: The method.
         heads: Its heads, ascending.
         index: ``(n,)`` int64, the heads; ``None`` if they follow each other, so that nothing has to be copied.
-        state: What the method remembers.
+        state: Memory of the method.
     """
 
     method: AttentionMethod
@@ -124,7 +124,7 @@ class Memory:
     """The memory of a layer for its groups.
 
     Args:
-        shape: Shape and device of the queries, and the make-up of the tokens; all of it is for these.
+        shape: Shape and device of the queries, and the token spec; all of it is for these.
         states: What each group remembers.
         merged: Patterns of groups that depend on queries and keys.
     """
@@ -148,7 +148,7 @@ class HeadGroups:
         q: ``(B, H, S, D)`` queries.
         k: ``(B, H, S, D)`` keys.
         call: The call.
-        state: What the layer remembers.
+        state: Memory of the layer.
         shared: What all layers share.
     """
 

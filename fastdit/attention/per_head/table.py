@@ -27,7 +27,7 @@ class Table(AttentionMethod):
     """A method for each head, by step bucket and layer.
 
     Heads of one method run together, and so do methods that order tokens alike, in blocks of one size. Empty methods
-    compute nothing. Patterns that depend on nothing but the make-up of the tokens are built once for all layers.
+    compute nothing. Patterns that depend on the token spec alone are built once for all layers.
 
     Args:
         edges: Ends of the step buckets as fractions of the run, ascending, the last one 1.

@@ -73,8 +73,8 @@ def _turned(method: str, given: dict[str, Any], density: float, sample: Sample) 
 
 
 def _radial(given: dict[str, Any], density: float, samples: Sequence[Sample]) -> AttentionMethod:
-    found = radial_fields(samples[0].call.tokens.grid.shape, density, tuple(sorted(given.items())))
-    return get_method("radial", **found)
+    matched = radial_fields(samples[0].call.tokens.grid.shape, density, tuple(sorted(given.items())))
+    return get_method("radial", **matched)
 
 
 def _paro(given: dict[str, Any], density: float, samples: Sequence[Sample]) -> AttentionMethod:
@@ -95,8 +95,8 @@ def _sparse_vdit(given: dict[str, Any], density: float, samples: Sequence[Sample
     for sample in samples:
         q, k, v, call = sample.q, sample.k, sample.v, sample.call
         dense = sample.dense()
-        found = [sample.errors(mode.forward(q, k, v, call, MethodState()), dense) for mode in modes]
-        errors[call.layer] = errors.get(call.layer, torch.zeros(())) + torch.tensor(found).square()
+        of_heads = [sample.errors(mode.forward(q, k, v, call, MethodState()), dense) for mode in modes]
+        errors[call.layer] = errors.get(call.layer, torch.zeros(())) + torch.tensor(of_heads).square()
     choices = tuple(tuple(errors[layer].argmin(0).tolist()) for layer in sorted(errors))
     return Table(edges=(1.0,), methods=modes, choices=(choices,))
 
@@ -123,10 +123,10 @@ def radial_fields(
     """
     best: tuple[float, dict[str, Any]] = (math.inf, {})
     for sink, min_band, decay in itertools.product((True, False), (1, 128, 512, 1024, 2048), (0.05, 0.2, 0.5, 1.0)):
-        found: dict[str, Any] = {"decay": decay, "min_band": min_band, "sink": sink, "block_size": 64}
-        found |= {"tile": (1, 8, 8)} if ("order", "tile") in given else {}
-        found |= dict(given)
-        off = abs(pattern("radial", grid=grid, **found).density - density)
-        if off < best[0] - 1e-3:  # of two that are about as near, the one with a sink
-            best = (off, found)
+        turned: dict[str, Any] = {"decay": decay, "min_band": min_band, "sink": sink, "block_size": 64}
+        turned |= {"tile": (1, 8, 8)} if ("order", "tile") in given else {}
+        turned |= dict(given)
+        off = abs(pattern("radial", grid=grid, **turned).density - density)
+        if off < best[0] - 1e-3:  # prefers a sink among nearly equal ones
+            best = (off, turned)
     return best[1]

@@ -17,7 +17,7 @@ class Problem:
         layers: Self-attention layers that the video goes through, at least 1.
         heads: Heads of a layer, at least 1.
         head_dim: Channels of a head, at least 1.
-        tokens: What a sequence is made up of.
+        tokens: The token spec of a sequence.
         steps: Denoising steps that the model is usually run with, at least 1.
         passes: Forward passes of a step, 2 with guidance.
         pixels: ``(frames, height, width)`` of the video.

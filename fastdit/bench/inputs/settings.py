@@ -26,7 +26,7 @@ DEFAULT_METHODS = ("draft", "profiled")
 
 WARMUP = 0.3
 EVERY_STEP = Schedule(warmup_steps=WARMUP)
-# AdaSpa's first search is a dense step, so one warm-up step less is as many dense steps
+# AdaSpa's first search is a dense step, so one warm-up step less gives the same number of dense steps
 SEARCH = Schedule(warmup_steps=0.2, refresh_steps=(0.2, 0.6))
 
 KNOBS = {"paro": "plan", "radial": "decay"}
@@ -79,7 +79,7 @@ class Setting:
         if self.method == PLAN:
             return Plan.load(self.fields["path"])
         given = dict(self.fields)
-        if self.method == SPARSE_VDIT:  # no registered method: whoever says its density has it calibrated too
+        if self.method == SPARSE_VDIT:  # not a registered method; calibrated even at a density of its own
             density = given.pop("density", density)
         if density is None:
             return get_method(self.method, **given)
@@ -124,10 +124,10 @@ class Setting:
             method: What it became.
             schedule: The one that it ran with; ``None`` on single calls of a plan.
         """
-        found = {"plan": Path(self.fields["path"]).name} if self.method == PLAN else method.describe()
+        about = {"plan": Path(self.fields["path"]).name} if self.method == PLAN else method.describe()
         name = method.name if self.method == DEFAULT else self.method
         how = None if schedule is None else asdict(schedule)
-        return {"name": self.name, "method": name, "fields": found, "schedule": how}
+        return {"name": self.name, "method": name, "fields": about, "schedule": how}
 
     def changed(self, **given: Any) -> Setting:
         """Return it with other fields, of its method or its schedule, and a name that says so.
@@ -203,12 +203,12 @@ def find_settings(texts: Iterable[str] | None, *, means: bool = False) -> list[S
     """
     known = {setting.name: setting for setting in [*map(_plain, list_methods()), *default_settings()]}
     chosen = default_settings() if texts is None else [_find(text.strip(), known) for text in texts]
-    found = [each for setting in chosen for each in (setting, *(_with_means(setting) if means else ()))]
-    names = [setting.name for setting in found]
+    settings = [each for setting in chosen for each in (setting, *(_with_means(setting) if means else ()))]
+    names = [setting.name for setting in settings]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice!r} is named twice; name each setting once, and rename one of two plans")
-    return found
+    return settings
 
 
 def _find(text: str, known: dict[str, Setting]) -> Setting:
@@ -221,8 +221,8 @@ def _find(text: str, known: dict[str, Setting]) -> Setting:
     name, brackets, rest = text.partition("(")
     if name.strip() not in known:
         raise ValueError(f"unknown setting {name!r}; settings are: {', '.join(known)}, and files of plans")
-    found = known[name.strip()]
-    return found.changed(**read_call(f"{found.method.replace('-', '_')}({rest}")[1]) if brackets else found
+    setting = known[name.strip()]
+    return setting.changed(**read_call(f"{setting.method.replace('-', '_')}({rest}")[1]) if brackets else setting
 
 
 def _plain(name: str) -> Setting:

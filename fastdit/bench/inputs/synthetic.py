@@ -107,12 +107,12 @@ def synthetic(
     """Make one call with a head of each kind.
 
     Args:
-        tokens: What the sequence is made up of.
+        tokens: The token spec of the sequence.
         head_dim: Channels of a head, at least 32.
         kinds: Names in ``KINDS``, one for each head; default: all, ``"text"`` only where there is text.
-        seed: Of everything that is random.
-        dtype: Of the tensors.
-        device: Where they are.
+        seed: Random seed.
+        dtype: Dtype of the tensors.
+        device: Their device.
 
     Raises:
         ValueError: ``head_dim`` is smaller than 32.

@@ -114,7 +114,7 @@ def extra_memory(run: Callable[[], Any], device: torch.device | str) -> int | No
 
     Args:
         run: The run.
-        device: Where it runs.
+        device: Device to run on.
     """
     if torch.device(device).type != "cuda":
         return None
@@ -146,7 +146,7 @@ def throughput(device: str) -> float:
     """Measure the floating point operations a second of dense attention, roughly and in a moment.
 
     Args:
-        device: Where.
+        device: The device.
     """
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     q = torch.randn(1, 2, 2048, 64, device=device, dtype=dtype)

@@ -37,7 +37,7 @@ def fault(
         v: ``(B, H, Sk, D)`` values.
         mask: The blocks that count; ``None`` for all.
         exact: Whether the products are of the precision of the inputs; otherwise 10 % of relative error may be.
-        seed: Of the rows.
+        seed: Random seed of the rows.
     """
     if out.shape != q.shape:
         return f"its shape is {tuple(out.shape)}, not {tuple(q.shape)}"
@@ -95,7 +95,7 @@ def sample_rows(q: Tensor, mask: BlockMask | None, seed: int) -> Tensor:
     Args:
         q: ``(B, H, Sq, D)`` queries.
         mask: The blocks; ``None`` if all queries are real.
-        seed: Of the choice.
+        seed: Random seed of the rows.
     """
     real = torch.ones(q.shape[2], dtype=torch.bool)
     if mask is not None:

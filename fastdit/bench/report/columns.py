@@ -152,17 +152,19 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> list[dict[str, Any]]:
         ``benchmark``, ``job``, ``part``, ``column``, ``old``, ``new``, and ``better``: True, False, or ``None`` where
         it is unknown. Rows that only one of the two has are left out.
     """
-    found = []
+    differences = []
     for earlier, row in compared(old, new):
         if ("absent" in row) != ("absent" in earlier):
-            found.append(_change(row, "runs here", "absent" not in earlier, "absent" not in row, "absent" not in row))
+            differences.append(
+                _change(row, "runs here", "absent" not in earlier, "absent" not in row, "absent" not in row)
+            )
         for column in COLUMNS[row["benchmark"]]:
             a, b = earlier.get(column.name), row.get(column.name)
             if column.better and isinstance(a, (int, float)) and isinstance(b, (int, float)):
                 noise = _noise(column, earlier, row)
                 if abs(b - a) > noise:
-                    found.append(_change(row, column.title, a, b, (b - a) * column.better > 0, column))
-    return found
+                    differences.append(_change(row, column.title, a, b, (b - a) * column.better > 0, column))
+    return differences
 
 
 def _change(row: Row, title: str, old: Any, new: Any, better: bool, column: Column | None = None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Args:
         rows: The rows.
     """
-    found = []
+    parts = []
     for benchmark, columns in COLUMNS.items():
         each = [row for row in latest(rows) if row["benchmark"] == benchmark and "absent" not in row]
         mine = mean_rows(each)
@@ -67,7 +67,7 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
             for job, group in by_job.items()
         ]
-        found.append(
+        parts.append(
             {
                 "benchmark": benchmark,
                 "title": TITLES[benchmark],
@@ -77,7 +77,7 @@ def tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "rows": mine,
             }
         )
-    return found
+    return parts
 
 
 def html(rows: Sequence[Row], folder: Path | None = None) -> str:
@@ -135,11 +135,11 @@ def runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Args:
         rows: The rows.
     """
-    found: dict[str, dict[str, Any]] = {}
+    distinct: dict[str, dict[str, Any]] = {}
     for row in rows:
         about = {name: row["run"].get(name) for name in ("device", "threads", "commit", "python", "versions", "seed")}
-        found.setdefault(repr(about), {**about, "time": row["run"].get("time")})
-    return list(found.values())
+        distinct.setdefault(repr(about), {**about, "time": row["run"].get("time")})
+    return list(distinct.values())
 
 
 def _marked(part: str, ours: Sequence[str]) -> str:
@@ -151,15 +151,15 @@ def _threads(run: dict[str, Any]) -> str:
 
 
 def _clips(rows: Sequence[Row], folder: Path | None) -> list[dict[str, str]]:
-    found = []
+    clips = []
     for row in latest(rows):
-        if row["benchmark"] != "quality" or "strip" not in row or len(found) == CLIPS:
+        if row["benchmark"] != "quality" or "strip" not in row or len(clips) == CLIPS:
             continue
         path = (folder or Path()) / row["strip"]
         if path.is_file():
             data = base64.b64encode(path.read_bytes()).decode()
-            found.append({"prompt": row["prompt"], "part": row["part"], "psnr": _decibels(row), "data": data})
-    return found
+            clips.append({"prompt": row["prompt"], "part": row["part"], "psnr": _decibels(row), "data": data})
+    return clips
 
 
 def _decibels(row: Row) -> str:

@@ -110,15 +110,15 @@ def kernel_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     Args:
         rows: Rows of ``kernels``.
     """
-    found = []
+    pictures = []
     for job in dict.fromkeys(row["job"] for row in rows):
         mine = [row for row in rows if row["job"] == job and "@" in row["part"] and row.get("speedup")]
         series = _group(mine, lambda row: row["contender"], "density", "speedup")
         if series:
             at = sorted({row["density"] for row in mine})
             ideal = [(d, 1 / d) for d in at]
-            found.append((job, curves(series, x="density", y="times as fast as dense", ideal=ideal)))
-    return found
+            pictures.append((job, curves(series, x="density", y="times as fast as dense", ideal=ideal)))
+    return pictures
 
 
 def method_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -127,19 +127,19 @@ def method_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     Args:
         rows: Rows of ``methods``.
     """
-    found = []
+    pictures = []
     for source in dict.fromkeys(row["source"] for row in rows):
         mine = [row for row in rows if row["source"] == source]
         series = _group(mine, lambda row: row["part"], "density", "error")
-        found.append((source, curves(series, x="density", y="relative L2 error", smaller_is_better=True)))
+        pictures.append((source, curves(series, x="density", y="relative L2 error", smaller_is_better=True)))
         asked = {row["asked"] for row in mine if row["asked"] is not None}
         typical = min(asked, key=lambda density: abs(density - 0.2), default=None)
         some = [row for row in mine if row["asked"] in (typical, None)]
         kinds = list(some[0]["heads"])
         values = [[row["heads"].get(kind) for kind in kinds] for row in some]
         title = f"{source}: error of each head" + ("" if typical is None else f", density {typical:g} asked for")
-        found.append((title, heat_map([row["part"] for row in some], kinds, values, "relative L2")))
-    return found
+        pictures.append((title, heat_map([row["part"] for row in some], kinds, values, "relative L2")))
+    return pictures
 
 
 def quality_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -148,16 +148,16 @@ def quality_pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     Args:
         rows: Rows of ``quality``, averaged over clips.
     """
-    found = []
+    pictures = []
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model and isinstance(row["psnr"], float)]
         # schedules differ between methods, and so does what their first, dense calls count for
         over_density = _group(mine, _setting, "overall_density", "psnr")
         if over_density:
-            found.append(
+            pictures.append(
                 (f"{model}: quality over density", curves(over_density, x="density, all steps", y="PSNR to dense, dB"))
             )
-    return found
+    return pictures
 
 
 def time_pictures(rows: Sequence[Row], quality: Sequence[Row]) -> list[tuple[str, str]]:
@@ -169,11 +169,13 @@ def time_pictures(rows: Sequence[Row], quality: Sequence[Row]) -> list[tuple[str
     """
     psnr = {(row["model"], row["part"]): row["psnr"] for row in quality if isinstance(row["psnr"], float)}
     both = [row | {"psnr": psnr[row["model"], row["part"]]} for row in rows if (row["model"], row["part"]) in psnr]
-    found = []
+    pictures = []
     for model in dict.fromkeys(row["model"] for row in both):
         series = _group([row for row in both if row["model"] == model], _setting, "speedup", "psnr")
-        found.append((f"{model}: quality over time", curves(series, x="times as fast as dense", y="PSNR to dense, dB")))
-    return found
+        pictures.append(
+            (f"{model}: quality over time", curves(series, x="times as fast as dense", y="PSNR to dense, dB"))
+        )
+    return pictures
 
 
 def _setting(row: Row) -> str:

@@ -65,15 +65,15 @@ def winners(rows: Sequence[Row]) -> list[str]:
     if contest is None:
         return []
     measured = [row for row in rows if contest.merit in row]
-    found = []
+    sentences = []
     for where in dict.fromkeys(row[contest.of] for row in measured):
         mine = [row for row in measured if row[contest.of] == where]
         for asked in dict.fromkeys(row["asked"] for row in mine if row.get("asked") is not None):
             entered, clips = _on_common_clips([row for row in mine if row.get("asked") in (asked, None)])
             entered = [row for row in entered if isinstance(row[contest.merit], (int, float))]
             if len(entered) > 1:
-                found.append(_sentence(contest, f"{where}, density {asked:g}{clips}", asked, entered))
-    return found
+                sentences.append(_sentence(contest, f"{where}, density {asked:g}{clips}", asked, entered))
+    return sentences
 
 
 def _on_common_clips(rows: Sequence[Row]) -> tuple[list[Row], str]:

@@ -49,7 +49,7 @@ class Plan:
 
 
 def head_plans(mask: BlockMask) -> list[list[Plan]]:
-    """Return the plans of a mask's heads, one list for each sample or for all, worked out once per mask.
+    """Return the plans of a mask's heads, one list for each sample or for all, computed once per mask.
 
     Args:
         mask: The blocks.
@@ -79,7 +79,7 @@ def _plan_head(indices: Tensor, lengths: Tensor, block_k: int) -> Plan:
     starts = shared.cumsum(0) - shared
     lengths = lengths[by_list[starts]]
     counts = (lengths > 0).sum(-1)
-    # Where one list needs a bias all get one, so that lists of as many blocks stay together.
+    # If one list needs a bias, all get one, so that lists of equal length stay together.
     biased = (((lengths > 0) & (lengths < block_k)).sum(-1) > 1).any().expand_as(counts)
     keys = torch.where(biased, counts * block_k, lengths.sum(-1))
     kinds, member = torch.stack([shared, keys, biased], 1).unique(dim=0, return_inverse=True)

@@ -22,11 +22,10 @@ from .workers import run_jobs, usable_threads
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_CHUNK_BYTES = (
-    2 << 20
-)  # of keys and values; measured: smaller chunks cost calls, larger ones fall out of a core's caches
-_QUERIES = 1 << 10  # of one list in a chunk, at most
-_PRODUCTS = 25_000_000  # multiplications that are worth a thread, about a millisecond of a core
+# Bytes of keys and values; smaller chunks cost calls, larger ones exceed a core's cache (measured).
+_CHUNK_BYTES = 2 << 20
+_QUERIES = 1 << 10  # most queries of one list in a chunk
+_PRODUCTS = 25_000_000  # multiplications worth one thread, about 1 ms of a core
 _SLICE = 1 << 14  # index_select copies slices of 2**15 elements or more one by one, several times slower
 
 
@@ -203,7 +202,7 @@ class _Forward:
             scale=self._head.scale,
         )
         if step.bias is not None and not step.listed:
-            # A row without keys comes back with 0 for its log-sum-exp.
+            # The kernel returns a log-sum-exp of 0 for rows without keys.
             lse = lse.view(lists, -1).where((step.bias > -torch.inf).any(-1)[:, 0], -torch.inf)
         block = self._head.mask.block_q
         self._out[step.rows], self._lse[step.rows] = out.view(-1, block, dim), lse.reshape(-1, block)
@@ -224,7 +223,7 @@ class _Backward:
         head = self._head
         self._blocks = head.blocks()
         self._queries, self._out, self._grad, lse = (head.queries(x) for x in (head.tensors[0], *self._inputs))
-        # A row that attends to nothing at all must come out as 0, not as -inf minus -inf.
+        # Rows without any key must yield 0, not -inf minus -inf.
         self._lse = lse.where(lse > -torch.inf, 0)
         like = (self._queries, self._blocks.keys, self._blocks.values)
         self._dq, self._dk, self._dv = (torch.zeros_like(x, dtype=lse.dtype) for x in like)
@@ -246,7 +245,7 @@ class _Backward:
             scale=self._head.scale,
         )
         self._dq[chunk.rows] = dq.reshape(-1, self._head.mask.block_q, dim).to(self._dq.dtype)
-        # Added up in the order of the chunks, sums are the same bits whichever thread is first.
+        # Sums are added in the order of the chunks, so results do not depend on thread timing.
         with self._lock:
             self._waiting[number] = (chunk.lists, dk, dv)
             while self._added in self._waiting:

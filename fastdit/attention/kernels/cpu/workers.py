@@ -65,7 +65,7 @@ def run_jobs(jobs: Iterable[Job[Any]], threads: int) -> None:
 
 class _Shared(Generic[_Step]):
     def __init__(self, job: Job[_Step]) -> None:
-        self._job: Job[_Step] | None = job  # None once it is finished, so that it goes before the others are
+        self._job: Job[_Step] | None = job  # None once finished, so that its memory is freed early
         self._todo: Iterator[_Step] | None = None
         self._running = 0
         self._lock = Lock()
@@ -102,7 +102,7 @@ def _run_in_threads(jobs: Sequence[_Shared[Any]], threads: int) -> None:
     errors: list[BaseException] = []
 
     def work(jobs: Sequence[_Shared[Any]], ended: Event) -> None:
-        # Without the first line the second one is undone by the thread's first parallel operation.
+        # Without the first line, the thread's first parallel operation undoes the second.
         torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -130,7 +130,7 @@ def _run_in_threads(jobs: Sequence[_Shared[Any]], threads: int) -> None:
             started.append((thread, ended))
             thread.start()
         ready.wait()
-        # A thread's count of 1 is also that of threads to come, until another one sets its own.
+        # The count of 1 set in a worker also applies to new threads until it is set again.
         torch.set_num_threads(within)
         for _, ended in started:
             ended.wait()
@@ -141,7 +141,7 @@ def _run_in_threads(jobs: Sequence[_Shared[Any]], threads: int) -> None:
     finally:
         for thread, ended in started:
             if thread.ident is not None:
-                ended.wait()  # where a join was interrupted, the next one would not wait
+                ended.wait()  # an interrupted join makes the next join return at once
                 thread.join()
         torch.set_num_threads(within)
     if errors:

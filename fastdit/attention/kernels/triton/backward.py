@@ -1,6 +1,6 @@
 """The backward pass over listed blocks, for NVIDIA GPUs from compute capability 8.0 on.
 
-Queries gather their gradient over the lists of the mask, keys and values theirs over the same lists turned round, so
+Queries gather their gradient over the lists of the mask, keys and values theirs over the same lists transposed, so
 that nothing is added up by two programs: results are the same at every run. With weights ``p = exp(s - lse)`` of scores
 ``s = scale q k^T``: ``dv = p^T do``, ``ds = p (do v^T - delta)``, ``dq = scale ds k``, ``dk = scale ds^T q``, where
 ``delta`` is the sum of ``do * o`` over the channels. Source: FlashAttention-2 (arXiv 2307.08691), section 3.1.
@@ -46,7 +46,7 @@ def _rows_kernel(
     grad = tl.load(grad_tile, mask=present, other=0.0).to(tl.float32)
     row = batch * tl.num_programs(1) + head
     lse = tl.load(lse_ptr + row * tokens_q + rows, mask=inside, other=float("-inf"))
-    # A row without keys, or without a query, gives every key the weight 0.
+    # Rows without keys, or past the last query, give every key the weight 0.
     log_total = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     stored = rows < padded_q
     tl.store(delta_ptr + row * padded_q + rows, tl.sum(out * grad, 1), mask=stored)
@@ -131,7 +131,7 @@ def _dq_kernel(
                 PADDED_DIM, WIDEN, PRECISION,
             )  # fmt: skip
 
-    # The scale has the factor for powers of 2 in it, which the gradient of a score has not.
+    # The scale includes log2(e), which the gradient of a score does not.
     dq *= scale * 0.6931471805599453
     dq_tile = dq_ptr + batch * stride_dqb + head * stride_dqh + start_q * stride_dqs
     dq_ptrs = dq_tile + offsets_q[:, None] * stride_dqs + dims[None, :]
@@ -175,7 +175,7 @@ def _dkdv_kernel(
     starts_head = starts_ptr + batch * stride_sb + head * stride_sh
     first = tl.load(starts_head + block)
     count = tl.load(starts_head + block + 1) - first
-    # From the end of its own list a block goes on with the rows that list every block.
+    # After its own list a block continues with the rows that list every block.
     jump = every_start - first - count
     total = count + tl.load(every_counts_ptr + batch * stride_eb + head * stride_eh)
     total = tl.where(within < length, total, 0)
@@ -188,7 +188,7 @@ def _dkdv_kernel(
         start = row.to(tl.int64) * BLOCK_Q
         rows = (i % SPLIT) * TILE_Q + offsets_q
         at = rows_head + start + rows
-        # Past the last query there are copies of it, whose weights are 0.
+        # Positions past the last query hold copies of it, whose weights are 0.
         rows = tl.minimum(rows, (tokens_q - 1 - start).to(tl.int32))
         q_tile = q_head + start * stride_qs + (rows[:, None] * stride_qs + dims[None, :])
         grad_tile = grad_head + start * stride_dos + (rows[:, None] * stride_dos + dims[None, :])
@@ -227,7 +227,7 @@ def block_sparse_bwd(
         results: Output ``(B, H, Sq, D)``, last axis contiguous, and log-sum-exp ``(B, H, Sq)`` of the forward pass.
         grad: ``(B, H, Sq, D)`` gradient of the output.
         mask: The blocks.
-        options: How, in the precision of the inputs.
+        options: Options of the call, in the precision of the inputs.
         config: Tiles that divide the mask's blocks.
 
     Returns:

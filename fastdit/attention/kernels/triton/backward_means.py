@@ -75,7 +75,7 @@ def gradients_of_means(
         grad: ``(B, H, Sq, D)`` gradient of the output, last axis contiguous.
         rows: Log-sum-exp to base 2 and ``delta``, ``(B, H, Nq * block_q)`` fp32 each.
         mask: The blocks.
-        options: How.
+        options: Options of the call.
         config: Tiles, of which ``tile_q`` divides the mask's ``block_q``.
 
     Returns:

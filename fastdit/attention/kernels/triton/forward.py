@@ -44,10 +44,10 @@ def _block_sparse_fwd_kernel(
     MEANS_STAGES: tl.constexpr, VARIANT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
-    # Masks cost registers; smaller tiles make room for them, or the loop over full blocks would pay with spills.
+    # Masks cost registers; without smaller tiles the loop over full blocks would spill.
     RAGGED_TILE_K: tl.constexpr = min(TILE_K, 32)
     RAGGED_SPLIT: tl.constexpr = BLOCK_K // RAGGED_TILE_K
-    # Leaving out tiles without a key takes registers, too, which kernels with small tiles do not have.
+    # Skipping tiles without keys also takes registers, which kernels with small tiles lack.
     SKIP: tl.constexpr = RAGGED_TILE_K < TILE_K
     ROW_TILES: tl.constexpr = BLOCK_Q // TILE_Q
     head = tl.program_id(1).to(tl.int64)
@@ -72,7 +72,7 @@ def _block_sparse_fwd_kernel(
     v_head = v_ptr + batch * stride_vb + head * stride_vh
     list_ptr = indices_ptr + batch * stride_ib + head * stride_ih + row.to(tl.int64) * stride_iq
     length_ptr = lengths_ptr + batch * stride_lb + head * stride_lh
-    # The last query block may end before its last tiles begin.
+    # The last query block may end before its last tiles start.
     begins = start_q < tokens_q
     count = tl.load(counts_ptr + batch * stride_cb + head * stride_ch + row, mask=begins, other=0)
     full_count = tl.load(full_counts_ptr + batch * stride_cb + head * stride_ch + row, mask=begins, other=0)
@@ -83,7 +83,7 @@ def _block_sparse_fwd_kernel(
     total = tl.zeros([TILE_Q], tl.float32)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     if VARIANT == "warps":
-        # It fails beside a second loop, too, so this one masks ragged blocks and, for nothing, full ones.
+        # It also fails beside a second loop, so this loop masks ragged and full blocks alike.
         for i in tl.range(0, count * SPLIT, warp_specialize=True):
             block = tl.load(list_ptr + i // SPLIT)
             length = tl.load(length_ptr + block)
@@ -158,7 +158,7 @@ def block_sparse_fwd(
         k: ``(B, H, Sk, D)`` keys, likewise.
         v: ``(B, H, Sk, D)`` values, likewise.
         mask: The blocks.
-        options: How, in the precision of the inputs.
+        options: Options of the call, in the precision of the inputs.
         config: Tiles that divide the mask's blocks.
 
     Returns:
@@ -166,7 +166,7 @@ def block_sparse_fwd(
         ``(B, H, Sq)`` fp32.
 
     Raises:
-        ValueError: The variant needs tensors that lie otherwise in memory.
+        ValueError: The variant needs tensors that have another memory layout.
     """
     reason = variant_reason(config.variant, q, k, v)
     if reason is not None:
@@ -219,7 +219,7 @@ def constants(
 
     Args:
         head_dim: In [16, 128].
-        dtype: Of q, k and v.
+        dtype: Dtype of q, k and v.
         block_q: Queries in a block of the mask.
         block_k: Keys in a block of the mask.
         config: Tiles that divide the mask's blocks.
@@ -234,7 +234,7 @@ def constants(
         "TILE_K": config.tile_k,
         "COMPENSATE": compensate,
         "MEANS_TILE": MEANS_TILE,
-        # For small tiles the assembler would rather spill than give up a program per multiprocessor.
+        # For small tiles the assembler spills to keep one more program per multiprocessor.
         "MEANS_STAGES": 1 if head_dim <= 32 or config.tile_q == 16 else config.num_stages,
         "VARIANT": config.variant,
         "WIDEN": triton.knobs.runtime.interpret and dtype == torch.bfloat16,

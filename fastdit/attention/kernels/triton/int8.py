@@ -46,7 +46,7 @@ def _attend(
     if RAGGED:
         scores = tl.where((keys < length)[None, :], scores * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # While a row has seen no key its maximum is -inf, and -inf minus -inf is no number.
+        # While a row has seen no key its maximum is -inf, and -inf minus -inf is NaN.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(scores - (base - LIFT)[:, None])
     else:
@@ -56,7 +56,7 @@ def _attend(
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
     if FP8:
-        # Tensor cores sum products of fp8 in fewer bits than fp32 has, so they sum no more than a tile.
+        # Tensor cores accumulate fp8 in fewer bits than fp32, so each sum covers one tile only.
         part = tl.dot(to_e4m3(weights, INTERPRET), v, max_num_imprecise_acc=TILE_K)
         acc = acc * shrink[:, None] + part
     else:
@@ -121,7 +121,7 @@ def _int8_fwd_kernel(
         )  # fmt: skip
 
     if FP8:
-        # From here on sums are as if their maximum were smaller, so that means join without factors.
+        # From here on sums use a smaller maximum, so that means are added without a factor.
         v_scales = tl.load(v_scales_ptr + one * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         acc *= v_scales[None, :]
         top -= _LOG2_E4M3_MAX
@@ -171,7 +171,7 @@ def int8_fwd(
     out = torch.empty_like(q) if index is None else q.new_empty(*q.shape[:2], index.shape[1], q.shape[3])
     batch, heads, tokens, dim = out.shape
     if index is not None and not fp8:
-        # In 16 bits values are read where they are by every row that lists them; in order that is faster.
+        # 16-bit values are read by every row that lists them, which is faster in order.
         (v,), index_v = triton_lay_out(index, v), None
     indices, counts, full_counts, lengths = (
         x.contiguous() for x in (mask.indices, mask.counts, mask.full_counts, mask.lengths_k)
@@ -205,7 +205,7 @@ def int8_constants(
     Arguments as for ``constants``.
 
     Args:
-        options: How, in low precision.
+        options: Options of the call, in low precision.
     """
     return {
         "HEAD_DIM": head_dim,

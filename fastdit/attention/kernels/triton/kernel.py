@@ -86,7 +86,7 @@ class _BlockSparse(torch.autograd.Function):
 
         q, k, v = tensors
         compensate = options.compensate is not None
-        # What the table prefers may need tensors that lie otherwise in memory.
+        # The preferred variant may need another memory layout.
         variant = options.variant or ("loads" if no_descriptor(k) or no_descriptor(v) else None)
         blocks = (mask.block_q, mask.block_k)
         config = choose_config(_capability(q), q.shape[3], q.dtype, *blocks, compensate=compensate, variant=variant)

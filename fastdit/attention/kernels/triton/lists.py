@@ -47,7 +47,7 @@ def _lists_kernel(
         count += tl.sum(listed.to(tl.int32), 0)
         mapped_count += tl.sum((listed & (columns < map_k)).to(tl.int32), 0)
         full_count += tl.sum((listed & ~ragged).to(tl.int32), 0)
-    # A row of the map that lists none of it gets the block at its own place: text alone is not enough.
+    # A row that lists no video block gets the one at its own position: text alone is not enough.
     own = (row.to(tl.int64) * map_k // map_q).to(tl.int32)
     empty = (mapped_count == 0) & (row < map_q)
     if empty:

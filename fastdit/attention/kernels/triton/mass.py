@@ -111,7 +111,7 @@ def mass_constants(head_dim: int, dtype: torch.dtype, block: int, *, normalise: 
 
     Args:
         head_dim: In [16, 128].
-        dtype: Of q and k.
+        dtype: Dtype of q and k.
         block: Tokens per block, a power of two of at least 16.
         normalise: Whether the kernel finds the log-sum-exp itself.
     """
@@ -134,7 +134,7 @@ def mass_options(dtype: torch.dtype, tile_q: int) -> dict[str, int]:
     """Return how the kernel is compiled.
 
     Args:
-        dtype: Of q and k.
+        dtype: Dtype of q and k.
         tile_q: Queries of a program.
     """
     return {"num_warps": 8 if tile_q * dtype.itemsize >= 128 else 4, "num_stages": 2}

@@ -31,7 +31,7 @@ def _load(tile, dims, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
 
 @triton.jit
 def _add_some(scores, v, acc, total, top, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    # Scores may be -inf. While a row has seen no key its maximum is -inf, and -inf minus -inf is no number.
+    # Scores may be -inf. While a row has seen no key its maximum is -inf, and -inf minus -inf is NaN.
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])

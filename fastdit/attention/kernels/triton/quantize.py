@@ -14,7 +14,7 @@ from ..options import E4M3_MAX, INT8_MAX
 from .means import triton_block_means
 from .primitives import broadcast_strides
 
-_MIN_DIM = 32  # what a product of 8-bit numbers sums over at least
+_MIN_DIM = 32  # least inner dimension of an 8-bit product
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: added to a small number, it leaves the nearest integer, half to even
 _INT8_MAX = tl.constexpr(INT8_MAX)
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
@@ -49,7 +49,7 @@ class Quantized:
 @triton.jit
 def to_e4m3(x, ROUND: tl.constexpr):
     if ROUND:
-        # The interpreter's cast loses the carry from 31.9 to 32; what is a number of e4m3 already, it keeps.
+        # The interpreter's cast loses the carry from 31.9 to 32, but keeps values that e4m3 represents.
         power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(power, 0.015625) / 8
         x = ((x / step + _ROUNDER) - _ROUNDER) * step
@@ -256,7 +256,7 @@ def quantize_constants(head_dim: int, block: int, *, indexed: bool = False) -> d
         indexed: Whether tokens are read in an order of their own.
     """
     padded = max(_MIN_DIM, triton.next_power_of_2(head_dim))
-    # Powers of two that divide the block. One that is no tile as a whole is read twice, and tiles of 128 would spill.
+    # Powers of two that divide the block. Larger blocks are read twice, and tiles of 128 would spill.
     tile = block if block in (16, 32, 64, 128) else min(block & -block, 64)
     return {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "INDEXED": indexed, "BLOCK": block, "TILE": tile}
 

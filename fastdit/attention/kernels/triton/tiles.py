@@ -31,7 +31,7 @@ class Config:
 
 
 _BACKWARD_SMALL = (Config(32, 32, 4, 2), Config(16, 16, 4, 2))
-# fp32 takes three products for one, and their registers.
+# fp32 takes three products instead of one, and their registers.
 _BACKWARD_SINGLE_64 = (Config(32, 32, 8, 2), Config(16, 16, 8, 2))
 _BACKWARD_SINGLE_128 = (Config(16, 16, 8, 2),)
 _DQ_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_BACKWARD_SMALL)
@@ -39,8 +39,8 @@ _DQ_128 = (Config(128, 32, 8, 2), Config(64, 64, 4, 2), *_BACKWARD_SMALL)
 # Tensor cores that read their operands from shared memory leave registers for more keys.
 _DQ_128_WIDE = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_BACKWARD_SMALL)
 _DKDV_64 = (Config(64, 128, 8, 2), Config(64, 64, 8, 2), *_BACKWARD_SMALL)
-# Two sums are kept here, which with 128 keys takes every register that there is.
-# With two stages the assembler would rather spill than give up a program per multiprocessor.
+# This kernel keeps two accumulators, which with 128 keys take all registers.
+# With two stages the assembler spills to keep one more program per multiprocessor.
 _DKDV_128 = (Config(64, 64, 8, 2), Config(32, 32, 4, 3), Config(16, 16, 4, 2))
 _DKDV_128_WIDE = (Config(64, 128, 8, 2), *_DKDV_128)
 
@@ -71,8 +71,8 @@ _INT8 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(32, 32, 4, 2), Conf
 _INT8_FP8 = _INT8[:-1]  # a product of 8-bit numbers sums over 32 of them at least
 
 # (architecture, head dim, precision): best first. The first whose tiles divide the mask's blocks is used.
-# Where one differs from the others of its kind, theirs spills there.
-# 10.x and 11.x have no row: their tensor memory takes no int8, and what is left for it is slower than their bf16.
+# Rows differ where the usual tiles spill.
+# 10.x and 11.x have no row: their tensor cores lack int8, and the fallback is slower than bf16.
 TABLE_INT8: dict[tuple[int, int, str], tuple[Config, ...]] = {
     (80, 64, "int8"): _INT8,
     (80, 128, "int8"): _INT8,
@@ -90,10 +90,10 @@ TABLE_INT8: dict[tuple[int, int, str], tuple[Config, ...]] = {
     (120, 128, "int8_fp8"): (Config(128, 64, 8, 3), *_INT8_FP8[1:]),
 }
 
-# With 4 warps the assembler would rather spill than give up a program per multiprocessor.
+# With 4 warps the assembler spills to keep one more program per multiprocessor.
 _SMALL = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
 _HALF_64 = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), *_SMALL)
-# 64 x 64 with 8 warps spills here: the compiler keeps to 128 registers.
+# 64 x 64 with 8 warps spills: the compiler uses at most 128 registers.
 _HALF_128 = (Config(128, 64, 8, 2), Config(64, 32, 4, 2), *_SMALL)
 _SINGLE_64 = (Config(64, 32, 8, 3), *_SMALL)
 _SINGLE_128 = (Config(32, 32, 8, 2), Config(16, 16, 4, 2))
@@ -112,14 +112,13 @@ TABLE: dict[tuple[int, int, int], tuple[Config, ...]] = {
     (120, 128, 32): (Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
 }
 
-# By head dim: fp32 with means, on every architecture. The tiles above leave no registers for the means then.
+# By head dim: fp32 with means, on every architecture; the tiles above leave no registers for the means.
 TABLE_SINGLE_MEANS: dict[int, tuple[Config, ...]] = {
     64: (Config(32, 32, 8, 2), Config(16, 16, 4, 2)),
     128: (Config(16, 16, 8, 2),),
 }
 
-# What a tuning script may try beside the table, likewise. No GPU has measured these yet. On 12.0, whose products read
-# registers, descriptors only add to them: every one of these tiles spills.
+# Candidates for tuning, not measured yet. On 12.0, whose products read registers, all of these tiles spill.
 CANDIDATES: dict[tuple[int, int, int], tuple[Config, ...]] = {
     (90, 64, 16): (
         Config(128, 128, 8, 2, "tma"),

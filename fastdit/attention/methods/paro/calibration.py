@@ -95,7 +95,7 @@ def calibrate(
 
     run(compare_orders)
     scores = order_scores(sparse, uneven, balance)
-    chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # of those equal up to rounding the first
+    chosen = (scores <= scores.amin(0) * (1 + 1e-5)).int().argmax(0)  # the first of those equal up to rounding
 
     lengths = layouts[0].block_lengths[0, : layouts[0].video_blocks].long().cpu()
     shape = (len(edges), *chosen.shape, len(lengths), len(lengths))
@@ -172,7 +172,7 @@ def order_scores(sparse: Tensor, uneven: Tensor, balance: float) -> Tensor:
     Source: PAROAttention (arXiv 2506.16054), choice of the order.
     """
     dense = 1 - sparse
-    # no order has a block that is not sparse: then the first term is 0 for all of them
+    # if all blocks of all orders are sparse, the first term is 0 for all
     share = dense / dense.sum(0).clamp(min=torch.finfo(dense.dtype).tiny)
     return balance * share + (1 - balance) * uneven / uneven.sum(0)
 
@@ -195,7 +195,7 @@ def keep_largest(sums: Tensor, pairs: Tensor, budget: float) -> Tensor:
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     held = pairs.flatten()[order]
     before = held.cumsum(-1) - held
-    # a whole number: beside a fraction, counts would be rounded to the default dtype
+    # an integer budget, because a fraction would round the counts to the default dtype
     kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order, before < math.ceil(budget))
     return kept.view(sums.shape) | own
 

@@ -44,7 +44,7 @@ class ParoPlan:
     always computed.
 
     Args:
-        tokens: What the sequence is made up of; the plan fits no other.
+        tokens: The token spec of the sequence; the plan fits no other.
         block_size: Tokens per block, a power of two in [16, 256].
         density: Fraction of (query, key) pairs that the calibration was asked to keep, in (0, 1].
         orders: For each layer and head one of ``AXIS_ORDERS``.
@@ -118,7 +118,7 @@ class ParoPlan:
             bucket: Index of the step bucket, from 0.
             layer: Index of the layer, from 0.
             heads: Indices of the heads; default: all of them.
-            device: Where they shall be.
+            device: Device of the result.
         """
         bits = self._bits[bucket, layer]
         bits = (bits if heads is None else bits[list(heads)]).to(device)

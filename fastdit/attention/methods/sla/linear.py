@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def linear_attention(
 
     Args:
         q: ``(B, H, S, E)`` queries, or features of them that are at least 0.
-        k: ``(B, H, S, E)`` keys, or features of them that are at least 0; what padding holds does not matter.
+        k: ``(B, H, S, E)`` keys, or features of them that are at least 0; padding may hold anything.
         v: ``(B, H, S, D)`` values; padding must be finite.
         blocks: ``(B or 1, H or 1, N, N)`` bool, the key blocks of each query block; ``None`` for all.
         lengths: ``(B or 1, H or 1, N)`` int32, real keys of each block, the first ones in it.
@@ -180,6 +181,7 @@ def _(exact: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(exact, memory_format=torch.contiguous_format)
 
 
+@dataclass(eq=False)
 class _Part:
     """A few heads of one sample, cut into blocks, in the precision that is summed in; values get a column of ones.
 
@@ -192,27 +194,23 @@ class _Part:
         features: The feature map of queries and keys, or ``"given"``.
     """
 
-    def __init__(
-        self,
-        at: tuple[int, slice],
-        tensors: list[Tensor],
-        blocks: Tensor | None,
-        lengths: Tensor,
-        block: int,
-        features: str,
-    ) -> None:
-        self.at = at
-        self.block = block
-        self.features = features
-        self.count = lengths.shape[-1]
+    at: tuple[int, slice]
+    tensors: InitVar[list[Tensor]]
+    blocks: Tensor | None
+    lengths: Tensor
+    block: int
+    features: str
+
+    def __post_init__(self, tensors: list[Tensor]) -> None:
+        self.count = self.lengths.shape[-1]
         self.dtype = torch.promote_types(tensors[2].dtype, torch.float32)
-        self.real = (torch.arange(block, device=lengths.device) < lengths[..., None])[..., None]
-        if features != "given":
-            tensors = [*(feature_map(features, x) for x in tensors[:2]), tensors[2]]
+        self.real = (torch.arange(self.block, device=self.lengths.device) < self.lengths[..., None])[..., None]
+        if self.features != "given":
+            tensors = [*(feature_map(self.features, x) for x in tensors[:2]), tensors[2]]
         self.q, k, v = (self.cut(x) for x in tensors)
         self.k = k.masked_fill(~self.real, 0)
         self.v = pad(v, (0, 1), value=1)
-        self.blocks = None if blocks is None else blocks.to(self.dtype)
+        self.blocks = None if self.blocks is None else self.blocks.to(self.dtype)
 
     def cut(self, x: Tensor) -> Tensor:
         """Cut ``(h, S, E)`` into blocks: ``(h, N, block, E)``."""

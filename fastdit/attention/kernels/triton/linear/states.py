@@ -18,7 +18,7 @@ from .tiles import SlaConfig, TokenConfig
 MAPS = ("softmax", "elu", "relu", "given")
 """Feature maps that the kernels compute themselves; ``"given"`` for features that come in as tensors."""
 
-COLUMNS = 128  # numbers of a state that one program sums, at most
+COLUMNS = 128  # most numbers of a state that one program sums
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _add_product(a, b, acc, PARTS: tl.constexpr, WIDEN: tl.constexpr):
         part_a = rest_a.to(tl.bfloat16)
         rest_a -= part_a.to(tl.float32)
         rest_b = b.to(tl.float32)
-        # Of the products of parts, those below the precision of the sum are left out.
+        # Products of parts below the precision of the sum are skipped.
         for _ in tl.static_range(PARTS - i):
             part_b = rest_b.to(tl.bfloat16)
             rest_b -= part_b.to(tl.float32)
@@ -221,7 +221,7 @@ def state_parts(dtype: torch.dtype) -> int:
     """Return how many bf16 numbers add up to one of a state: 16 bits of it for half precision, else all 24.
 
     Args:
-        dtype: Of queries, keys and values.
+        dtype: Dtype of queries, keys and values.
     """
     return 3 if dtype == torch.float32 else 2
 
@@ -234,7 +234,7 @@ def token_constants(
     Args:
         features: Features of a token, in [16, 256]; those of a feature map as many as channels.
         head_dim: In [16, 128].
-        dtype: Of queries, keys and values.
+        dtype: Dtype of queries, keys and values.
         block: Tokens per block, a multiple of 16.
         feature_map: One of ``MAPS``.
         config: The settings.
@@ -249,7 +249,7 @@ def token_constants(
         "TILE": min(config.tile, block & -block),
         "CHUNK": min(config.chunk, padded),
         "MAP": feature_map,
-        # A number of the inputs' dtype is so many of bf16, exactly.
+        # How many bf16 numbers add up exactly to one of the inputs' dtype.
         "PARTS": {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype],
         "STATE_PARTS": state_parts(dtype),
         "WIDTH": state_width(features, head_dim),

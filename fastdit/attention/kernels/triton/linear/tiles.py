@@ -48,16 +48,16 @@ class SlaConfig:
 
 
 _ARCHITECTURES = (80, 89, 90, 100, 120)
-# With two stages the assembler would rather spill than give up a program per multiprocessor.
+# With two stages the assembler spills to keep one more program per multiprocessor.
 _TOKENS_64 = TokenConfig(64, 64, 8, 3)
 _TOKENS_128 = TokenConfig(64, 32, 8, 2)
 _HALF_64 = SlaConfig(TokenConfig(64, 64, 4, 2), _TOKENS_64, _TOKENS_64)
 _HALF_128 = SlaConfig(TokenConfig(32, 128, 8, 2), _TOKENS_128, _TOKENS_128)
-# fp16 takes three products for one; where registers feed them, there are enough for half of the features.
+# fp16 takes three products instead of one; products fed from registers leave room for half of the features.
 _HALF_128_LESS = SlaConfig(TokenConfig(32, 64, 8, 2), _TOKENS_128, _TOKENS_128)
 # Tensor cores that read their operands from shared memory leave registers for more tokens.
 _HALF_128_WIDE = SlaConfig(TokenConfig(64, 128, 8, 2), _TOKENS_128, _TOKENS_128)
-# fp32 takes six products for one, and their registers.
+# fp32 takes six products instead of one, and their registers.
 _SINGLE_64 = SlaConfig(TokenConfig(32, 64, 8, 2), TokenConfig(32, 16, 8, 2), TokenConfig(32, 16, 8, 2), step=32)
 _SINGLE_128 = SlaConfig(TokenConfig(16, 64, 8, 2), TokenConfig(32, 16, 8, 2), TokenConfig(32, 32, 8, 2), step=32)
 

@@ -153,7 +153,7 @@ def _gradients_kernel(
         weights = weights_ptr + head * 2 * tokens + rows
         tl.store(weights, weight, mask=inside)
         tl.store(weights + tokens, alone, mask=inside)
-        # Outputs do not change when all features of a query grow alike, so its gradient has no share of them.
+        # Scaling all features of a query leaves the output unchanged, so the gradient has no such component.
         along = tl.zeros([TILE], tl.float32)
     else:
         weight = tl.full([TILE], 1.0, tl.float32)
