@@ -99,9 +99,8 @@ def sample_rows(q: Tensor, mask: BlockMask | None, seed: int) -> Tensor:
     """
     real = torch.ones(q.shape[2], dtype=torch.bool)
     if mask is not None:
-        for b in range(mask.lengths_q.shape[0]):
-            for h in range(mask.lengths_q.shape[1]):
-                real &= _real(mask, b, h, q.shape[2]).cpu()
+        within = torch.arange(mask.block_q) < mask.lengths_q.cpu()[..., None]
+        real = within.flatten(2).flatten(0, 1).all(0)[: q.shape[2]]
     known = real.nonzero()[:, 0]
     generator = torch.Generator().manual_seed(seed)
     some = known[torch.randperm(len(known), generator=generator)[: ROWS - 2]]
