@@ -206,7 +206,7 @@ def loaded_after(code: str, names: set[str]) -> set[str]:
 
 
 def test_import_is_light():
-    assert loaded_after("import fastdit", {"triton", "diffusers", "transformers", "matplotlib"}) == set()
+    assert loaded_after("import fastdit", {"triton", "diffusers", "transformers", "matplotlib", "pydantic"}) == set()
 
 
 def test_public_names_exist_and_stay_light():
@@ -216,4 +216,4 @@ def test_public_names_exist_and_stay_light():
 
 def test_help_needs_no_torch():
     code = "from fastdit.cli import main\nsys.argv = ['fastdit', '--help']\ntry: main()\nexcept SystemExit: pass"
-    assert loaded_after(code, {"torch", "diffusers", "numpy"}) == set()
+    assert loaded_after(code, {"torch", "diffusers", "numpy", "pydantic"}) == set()
