@@ -180,7 +180,7 @@ def test_the_demo_is_searched_with_what_it_knows():
     ("arguments", "fragments"),
     [
         (("--prompts", "none.txt"), ("none.txt", "No such file")),
-        (("--prompts", "empty.txt"), ("no prompt in", "empty.txt")),
+        (("--prompts", "empty.txt"), ("has no prompts", "empty.txt")),
         (("--candidates", "drft"), ("unknown method 'drft'", "did you mean 'draft'")),
         (("--candidates", "draft(densty=0.2)"), ("no field 'densty'",)),
         (("--candidates", "draft(0.2)"), ("cannot read",)),

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs, and how it ends when something is wrong."""
+"""Progress, results and errors on a terminal."""
 
 from __future__ import annotations
 
