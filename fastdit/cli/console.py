@@ -39,6 +39,12 @@ class _Count(MofNCompleteColumn):
         return super().render(task) if task.total and task.total > 1 else Text("")
 
 
+class _Left(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        """Show the time that is left, once steps say how long one takes."""
+        return Text("") if task.finished or not task.time_remaining else super().render(task).append(" left")
+
+
 class Bar:
     """The progress of one part of the work: a bar on a terminal, elsewhere a line when it is done.
 
@@ -96,7 +102,7 @@ class Screen:
             BarColumn(bar_width=30),
             _Count(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
+            _Left(compact=True),
             console=console,
             disable=self.quiet or not console.is_terminal,
             refresh_per_second=4,
