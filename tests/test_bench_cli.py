@@ -212,7 +212,7 @@ def test_packages_of_the_report_are_looked_for_first(tmp_path, monkeypatch):
         (("quality", "--score-with", "'{folder}"), "No closing quotation"),
         (("quality", "--seed", 2**64 - 1), f"got {2**64 - 1} to {2**64}"),
         (("methods", "--seed", 2**64 - 1), f"got {2**64 - 1} to {2**64}"),
-        (("quality", "--videos", "notes.txt"), "is a file, not a folder; give another place with --videos"),
+        (("quality", "--videos", "notes.txt"), "is a file, not a folder; pass another path to --videos"),
         (("quality", "--videos", "."), "already exists"),
         (
             ("quality", "--prompts", "notes.txt", "-o", "notes.txt", "--resume"),

@@ -47,7 +47,7 @@ def test_prompts_of_another_encoding(tmp_path, data):
 
 
 def test_a_prompt_with_bytes_that_are_no_letters():
-    with pytest.raises(InputError, match="not text in UTF-8"):
+    with pytest.raises(InputError, match="not valid UTF-8"):
         read_prompts("a cat\udcff", None)
 
 

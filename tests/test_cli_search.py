@@ -180,7 +180,7 @@ def test_the_demo_is_searched_with_what_it_knows():
     ("arguments", "fragments"),
     [
         (("--prompts", "none.txt"), ("none.txt", "No such file")),
-        (("--prompts", "empty.txt"), ("no prompt in", "empty.txt")),
+        (("--prompts", "empty.txt"), ("has no prompts", "empty.txt")),
         (("--candidates", "drft"), ("unknown method 'drft'", "did you mean 'draft'")),
         (("--candidates", "draft(densty=0.2)"), ("no field 'densty'",)),
         (("--candidates", "draft(0.2)"), ("cannot read",)),
@@ -205,7 +205,7 @@ def test_the_demo_is_searched_with_what_it_knows():
         (("-o", "plan.txt"), ("plan.txt", "end with .json")),
         (("-o", "."), ("it is a folder",)),
         (("--folder", "none/scores"), ("none does not exist",)),
-        (("--folder", "empty.txt"), ("is a file, not a folder", "another place with --folder")),
+        (("--folder", "empty.txt"), ("is a file, not a folder", "another path to --folder")),
         (("--folder", "plan.json"), ("--folder and --output are the same file",)),
         (("--seed", str(2**64 - 2)), (f"got {2**64 - 2} to {2**64 + 1}",)),
         (("--preset", "paro", "-o", ":.json"), ("a plain name",)),

@@ -1,4 +1,4 @@
-"""Work in pieces: what is done already is left out, what is done is kept, what is wrong is not written."""
+"""Benchmark jobs: finished parts are skipped, results are kept, and faulty ones are not written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .report.result_store import Row, Store, key, latest
 
 @dataclass
 class Outcome:
-    """Collect what a job found.
+    """What a job measured.
 
     Args:
         rows: Measurements by part.
@@ -26,14 +26,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """Measure several things beside each other.
+    """Several things that are measured side by side.
 
     Args:
         benchmark: Which benchmark it belongs to.
-        name: What tells it from others of the benchmark.
+        name: Its name, unique in the benchmark.
         parts: What it measures; there is a row for each.
         run: Measures at least the parts that are asked for. It may call the function it is given after each step.
-        seconds: How long it will take, an estimate; ``None`` if there is no telling.
+        seconds: Estimated seconds; ``None`` if unknown.
         about: What all of its rows say.
         steps: How many steps it has, at least 1.
     """
@@ -47,7 +47,7 @@ class Job:
     steps: int = 1
 
     def missing(self, rows: Sequence[Row]) -> list[str]:
-        """Return the parts that rows do not have; what was absent then may be there now.
+        """Return the parts without a measurement in rows; parts that were absent then are tried again.
 
         Args:
             rows: Rows of earlier runs.
@@ -58,7 +58,7 @@ class Job:
 
 
 def run_job(job: Job, store: Store, run: dict[str, Any], advance: Callable[[], None] = lambda: None) -> dict[str, str]:
-    """Do what is missing of a job and write its rows; return what was wrong, by part.
+    """Run the missing parts of a job and write their rows; return the faults by part.
 
     Args:
         job: The job.

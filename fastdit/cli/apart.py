@@ -1,4 +1,4 @@
-"""Files that are written and files that are read, kept apart."""
+"""Checks that written files are distinct from read files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from ..generation.errors import InputError
 
 Named = tuple[str, Path | None]
-"""What a file is, or which option names it, and the file; ``None`` where there is none."""
+"""The description or option of a file, and the file; ``None`` for no file."""
 
 
 def check_apart(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
-    """Check that no file is written twice, and none that is read, by whatever names and links they are reached.
+    """Check that no file is written twice or both read and written, through any name or link.
 
     Args:
         written: Files, and folders whose names are not taken yet.
@@ -30,19 +30,17 @@ def check_apart(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
         for key in _keys(path):
             if key in known:
                 other, place = known[key]
-                raise InputError(
-                    f"{what} and {other} are the same file, {path} and {place}; give one of them another name"
-                )
+                raise InputError(f"{what} and {other} are the same file, {path} and {place}; rename one of them")
         for parent in Path(os.path.realpath(path)).parents:
             for key in _keys(parent):
                 if key in folders:
                     other, place = folders[key]
-                    raise InputError(f"{what} {path} is inside {other} {place}, which is read; give another place")
+                    raise InputError(f"{what} {path} is inside {other} {place}, which is read; pass another path")
         known |= dict.fromkeys(_keys(path), (what, path))
 
 
 def plan_files(path: Path | None, what: str = "--plan") -> Iterator[Named]:
-    """Yield the files of a plan: itself, and masks beside it.
+    """Yield the files of a plan: the plan and the masks next to it.
 
     Args:
         path: The plan; ``None`` for none.

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs, and how it ends when something is wrong."""
+"""Progress, results and errors on a terminal."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ class _Count(MofNCompleteColumn):
     def render(self, task: Task) -> Text:
         """Show how many parts are done, where there is more than one."""
         return super().render(task) if task.total and task.total > 1 else Text("")
+
+
+class _Left(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        """Show the time that is left, once steps say how long one takes."""
+        return Text("") if task.finished or not task.time_remaining else super().render(task).append(" left")
 
 
 class Bar:
@@ -96,7 +102,7 @@ class Screen:
             BarColumn(bar_width=30),
             _Count(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
+            _Left(compact=True),
             console=console,
             disable=self.quiet or not console.is_terminal,
             refresh_per_second=4,

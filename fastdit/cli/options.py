@@ -279,7 +279,7 @@ class SizeOptions:
 
 @dataclass(frozen=True)
 class VideoOptions(SizeOptions):
-    """What is passed to a pipeline beside the prompt."""
+    """What is passed to a pipeline in addition to the prompt."""
 
     negative_prompt: Annotated[
         str | None, option("What the video should not show.", callback=_readable, panel=VIDEO)

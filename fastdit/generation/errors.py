@@ -1,4 +1,4 @@
-"""Errors that tell the user what was wrong with a request."""
+"""Errors in a request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Say that the user asked for something that cannot be done; the text is all that is shown."""
+    """A request that cannot be carried out; users see the text and no traceback."""
 
 
 @contextmanager

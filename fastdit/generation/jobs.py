@@ -1,4 +1,4 @@
-"""Which videos are made, and the files that they are written to."""
+"""Jobs: the videos to make and their files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .errors import InputError
 from .video import SUFFIXES, check_folder, check_target
 
 LONGEST_NAME, MOST_BYTES = 60, 200
-"""Letters of a prompt that the name of its video has, and bytes of them."""
+"""Largest number of characters, and of bytes, of a prompt in the name of its video."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Name one video to make.
+    """One video to make.
 
     Args:
         prompt: What it shows.
@@ -39,12 +39,12 @@ class Job:
         return self.output.with_name(f"{self.output.stem}.compare{self.output.suffix}")
 
     def files(self, *, compare: bool) -> dict[str, Path]:
-        """Return the files that are written, by what they are.
+        """Return the files to write, each with a description.
 
         Args:
             compare: Whether the dense video and that of both are among them.
         """
-        more = {"the dense video": self.dense_output, "the video of both": self.pair_output}
+        more = {"the dense video": self.dense_output, "the side-by-side video": self.pair_output}
         return {"the video": self.output, **(more if compare else {})}
 
 
@@ -59,10 +59,10 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         InputError: Neither or both are given, the prompt or the file is empty, or the file cannot be read.
     """
     if (prompt is None) == (file is None):
-        raise InputError('give one of the two: a prompt, as in fastdit generate "a red ball", or --prompts FILE')
+        raise InputError('pass either a prompt, as in fastdit generate "a red ball", or --prompts FILE')
     if prompt is not None:
         if not prompt.strip():
-            raise InputError("the prompt is empty; say what the video shall show")
+            raise InputError("the prompt is empty; describe what the video shows")
         return [checked_text("the prompt", prompt.strip())]
     assert file is not None
     try:
@@ -70,13 +70,13 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     except OSError as error:
         raise InputError(f"cannot read the prompts in {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read the prompts in {file}: it is not text in UTF-8") from error
+        raise InputError(f"cannot read the prompts in {file}: it is not UTF-8 text") from error
     if "\0" in text:
-        raise InputError(f"cannot read the prompts in {file}: it has zero bytes, so it is not text in UTF-8")
+        raise InputError(f"cannot read the prompts in {file}: it contains zero bytes, so it is not UTF-8 text")
     # str.splitlines would also split at characters that stand within a prompt, such as U+2028
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise InputError(f"there is no prompt in {file}; write one prompt a line")
+        raise InputError(f"{file} has no prompts; write one prompt per line")
     return prompts
 
 
@@ -88,19 +88,19 @@ def checked_text(what: str, text: str) -> str:
         text: The text.
 
     Raises:
-        InputError: It has bytes that are no letters, as of another encoding than that of the terminal.
+        InputError: It is not valid UTF-8, as when it was typed in another encoding.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{what} has bytes that are not text in UTF-8, got {text!r}") from error
+        raise InputError(f"{what} is not valid UTF-8, got {text!r}") from error
     return text
 
 
 def plan_jobs(prompts: list[str], output: Path | None, *, single: bool, compare: bool = True) -> list[Job]:
     """Decide where the videos go, and check that they can be written there.
 
-    Names that come from prompts are those of no file that is there, and differ in more than case.
+    Names made from prompts differ from those of existing files, and from each other in more than case.
 
     Args:
         prompts: At least one.
@@ -117,7 +117,7 @@ def plan_jobs(prompts: list[str], output: Path | None, *, single: bool, compare:
         folder = Path() if output is None else output
         if folder.suffix.lower() in SUFFIXES and not os.path.exists(folder):
             raise InputError(
-                f"--prompts makes a video of each line, and {folder} is one file; give the name of a folder"
+                f"--prompts makes one video per line, but {folder} names a file; pass a folder to --output"
             )
         check_folder(folder, new=True)
         jobs = _named(prompts, folder)

@@ -1,4 +1,4 @@
-"""A pipeline on its device: loaded, offloaded, compiled."""
+"""Loading a pipeline and placing it on a device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def choose_device(asked: str) -> str:
         asked: ``"auto"`` or a torch device.
 
     Raises:
-        InputError: There is no such device here.
+        InputError: The device does not exist or cannot be used.
     """
     import torch
 
@@ -38,13 +38,13 @@ def choose_device(asked: str) -> str:
         raise InputError(f"unknown device {asked!r}; give auto, cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        raise InputError(f"--device {asked}: no CUDA device can be used here ({built}); leave it out to run on the CPU")
+        raise InputError(f"--device {asked}: no CUDA device is available ({built}); leave it out to run on the CPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"--device {asked} cannot be used here: {error}") from error
+        raise InputError(f"--device {asked} cannot be used: {error}") from error
     return asked
 
 
@@ -83,17 +83,15 @@ def check_offload(offload: str, device: str) -> None:
         device: Where the pipeline will run.
 
     Raises:
-        InputError: It needs an accelerator and the device is none.
+        InputError: It needs an accelerator and the device is a CPU.
     """
     if offload in ("model", "sequential") and device == "cpu":
-        raise InputError(
-            f"--offload {offload} moves weights between an accelerator and the CPU, and there is only a CPU"
-        )
+        raise InputError(f"--offload {offload} needs an accelerator, got device {device}; leave it out on a CPU")
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Turn off the progress bars and the chatter of diffusers and transformers for a while; fastdit shows its own."""
+    """Turn off the progress bars and logging of diffusers and transformers; fastdit shows its own."""
     import diffusers.utils.logging
     import transformers.utils.logging
     from huggingface_hub.utils.tqdm import progress_bar_states
@@ -121,7 +119,7 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
     Args:
         source: Where it is.
         device: Where it runs.
-        dtype: Of its weights.
+        dtype: Dtype of its weights.
         offload: One of ``OFFLOADS``.
         compiled: Whether the transformers are compiled, at their first call.
 
@@ -207,8 +205,8 @@ def _check_callable(pipeline: Any) -> None:
     needed = [p.name for p in plain if p.default is p.empty and p.name != "prompt"]
     if needed:
         raise InputError(
-            f"{type(pipeline).__name__} needs {' and '.join(needed)} beside a prompt, which fastdit generate "
-            "cannot give; use it from Python with pipe.enable_sparse_attention()"
+            f"{type(pipeline).__name__} needs {' and '.join(needed)} in addition to a prompt, which the command line "
+            "cannot pass; use it from Python with pipe.enable_sparse_attention()"
         )
 
 

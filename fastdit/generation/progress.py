@@ -1,4 +1,4 @@
-"""What a run says of its progress: who shows it brings a display."""
+"""Progress of a run, as callbacks of a display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Step(Protocol):
         """Move on by one."""
 
     def finish(self) -> None:
-        """Say that all of it is done."""
+        """Mark it as done."""
 
 
 class Display(Protocol):
@@ -28,7 +28,7 @@ class Display(Protocol):
         ...
 
     def clear(self) -> None:
-        """Take away what is shown of parts that are done."""
+        """Remove finished parts."""
 
     def note(self, text: str) -> None:
         """Show a line of text.

@@ -64,7 +64,7 @@ def summarize(clips: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, A
 
     Args:
         clips: One for each video, in order, as ``generate`` measures them.
-        about: What holds for all of them, beside what they say themselves.
+        about: Facts about the run as a whole.
 
     Returns:
         What ``--json`` and ``--report`` write. Seconds are sums, densities means; what was not measured is ``None``.

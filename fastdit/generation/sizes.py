@@ -1,4 +1,4 @@
-"""Which sizes and lengths a pipeline can make, read from its own configuration."""
+"""Sizes and lengths that a pipeline can make, from its configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """Say what a pipeline can make.
+    """Sizes and lengths that a pipeline can make.
 
     Args:
         height_step: Heights are multiples of this many pixels.

@@ -1,4 +1,4 @@
-"""Where a pipeline comes from: the demo, a folder or the hub; checked as far as possible without its weights."""
+"""Sources of pipelines: the demo, a folder or the hub; checked without loading weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Say where a pipeline is loaded from.
+    """Where a pipeline is loaded from.
 
     Args:
         name: What the user asked for.
@@ -52,7 +52,7 @@ def find_model(name: str) -> ModelSource:
         name: ``"demo"``, a folder made by ``save_pretrained``, or a hub id.
 
     Raises:
-        InputError: There is no such model, it is no diffusers pipeline, or its class is not known.
+        InputError: The model does not exist, is not a diffusers pipeline, or has an unknown class.
     """
     if name == DEMO:
         from ..demo import DEFAULTS
@@ -66,15 +66,15 @@ def find_model(name: str) -> ModelSource:
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
         return ModelSource(name, name, local=_find_on_hub(name))
     raise InputError(
-        f"there is no model {name!r}: give demo, a folder of a diffusers pipeline, or a hub id (owner/name)"
+        f"no model {name!r} was found; pass demo, the folder of a diffusers pipeline, or a hub id (owner/name)"
     )
 
 
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
-        raise InputError(f"{path} is a file; give the folder of a diffusers pipeline, as save_pretrained writes it")
+        raise InputError(f"{path} is a file; pass the folder of a diffusers pipeline, as written by save_pretrained")
     if not (path / "model_index.json").is_file():
-        raise InputError(f"{path} is no diffusers pipeline: it has no model_index.json")
+        raise InputError(f"{path} is not a diffusers pipeline: it has no model_index.json")
     _check_index(str(path), path / "model_index.json")
 
 
@@ -83,7 +83,7 @@ def _check_index(model: str, index: Path) -> None:
         parts = json.loads(index.read_text(encoding="utf-8"))
         pipeline_class = parts["_class_name"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{index} is damaged: it does not say of which class the pipeline is") from error
+        raise InputError(f"{index} is damaged: it does not name the class of the pipeline") from error
     named = [parts.get(name) for name in ("transformer", "transformer_2")]
     classes = [part[1] for part in named if isinstance(part, list) and len(part) == 2 and isinstance(part[1], str)]
     if not classes:
@@ -115,7 +115,7 @@ def _find_on_hub(name: str) -> bool:
     try:
         files = {sibling.rfilename for sibling in HfApi().model_info(name, timeout=10).siblings or []}
         if "model_index.json" not in files:
-            raise InputError(f"{name} is no diffusers pipeline: it has no model_index.json")
+            raise InputError(f"{name} is not a diffusers pipeline: it has no model_index.json")
         _check_index(name, Path(hf_hub_download(name, "model_index.json")))
     except InputError:
         raise
@@ -123,14 +123,14 @@ def _find_on_hub(name: str) -> bool:
         raise InputError(f"{name} asks you to accept its terms on the hub first; then: hf auth login") from error
     except (RepositoryNotFoundError, HfHubHTTPError) as error:
         raise InputError(
-            f"there is no folder {name}, and the hub has no such model, or it is private ({error}); "
+            f"there is no folder {name}, and the hub has no such model or it is private ({error}); "
             "check the name, or log in with: hf auth login"
         ) from error
     except Exception as error:
         cached = try_to_load_from_cache(name, "model_index.json")
         if not isinstance(cached, str):
             raise InputError(
-                f"there is no folder {name}, the hub cannot be reached ({error}), and its cache here holds no copy; "
+                f"there is no folder {name}, the hub cannot be reached ({error}), and the local cache holds no copy; "
                 "--model demo needs no network"
             ) from error
         _check_index(name, Path(cached))

@@ -1,4 +1,4 @@
-"""The work of ``fastdit generate``: make one video sparse, and dense beside it if asked, and measure both."""
+"""A studio: makes sparse videos, and dense ones to compare with, and measures both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FPS = 16.0
 BUSY = 0.75
-"""By how much the load may exceed the number of cores before times are called into question."""
+"""Load above the number of cores from which times are unreliable."""
 DENSE = Settings(method="dense")
 ALL_SPARSE = {"warmup_steps": 0, "tail_steps": 0}
 
@@ -41,7 +41,7 @@ class Studio:
         pipeline: The pipeline, on its device.
         settings: What makes it sparse.
         arguments: Keywords of its call, the same for every prompt.
-        seed: Of the noise, the same for every prompt.
+        seed: Seed of the noise, the same for every prompt.
         fps: Frames per second of the files.
         device: Where the pipeline runs.
         screen: Shows the progress.
@@ -68,14 +68,14 @@ class Studio:
         device: str,
         screen: Display,
     ) -> Studio:
-        """Settle what is passed to a pipeline, and check its sizes before anything is computed.
+        """Resolve the arguments of a pipeline and check its sizes before anything is computed.
 
         Args:
             pipeline: The pipeline, on its device.
             source: Where it came from.
             given: Keywords of its call; ``None`` where the user said nothing.
             settings: What makes it sparse.
-            seed: Of the noise.
+            seed: Seed of the noise.
             fps: Frames per second of the files; ``None`` takes what the model was made for.
             device: Where the pipeline runs.
             screen: Shows the progress.
@@ -147,8 +147,8 @@ class Studio:
         load = max(clip.load or 0 for clip in clips)
         if self.device == "cpu" and load > cores + BUSY:
             self.screen.note(
-                f"warning: other programs were running (load {load:.1f} on {cores} cores), so these times say little; "
-                "run again when the machine is quiet"
+                f"warning: other programs were running (load {load:.1f} on {cores} cores), so these times are "
+                "unreliable; run again on a quiet machine"
             )
 
     def _run(self, job: Job, label: str) -> Clip:
@@ -189,7 +189,7 @@ def call_arguments(pipeline: Any, source: ModelSource, given: dict[str, Any]) ->
     values = {name: value for name, value in given.items() if value is not None}
     for name in values:
         if name not in parameters:
-            raise InputError(f"{type(pipeline).__name__} takes no {name}; leave the option out")
+            raise InputError(f"{type(pipeline).__name__} has no argument {name}; leave the option out")
     arguments = {**source.defaults, **values}
     arguments.setdefault("num_inference_steps", parameters["num_inference_steps"].default)
     return arguments

@@ -17,7 +17,7 @@ from .progress import Display
 
 @dataclass(frozen=True)
 class Clip:
-    """Hold a video and how long it took, in seconds.
+    """A video and its times in seconds.
 
     Args:
         frames: ``(F, H, W, 3)`` in [0, 1].
@@ -25,7 +25,7 @@ class Clip:
         steps: Each denoising step; empty if the pipeline does not tell when one ends.
         denoising: All steps together.
         decoding: From the last step to the frames.
-        load: Processes that wanted to run in the last minute, those of others included; ``None`` if nobody says.
+        load: Load average of the machine over the last minute; ``None`` if unknown.
     """
 
     frames: np.ndarray
@@ -70,10 +70,10 @@ def run_timed(pipeline: Any, arguments: dict[str, Any], *, screen: Display, devi
         arguments: Keywords of its call.
         screen: Shows the progress.
         device: Where the pipeline runs; its work is waited for at the end of each step.
-        label: Of which run the bars are, if there are several.
+        label: Name of the run in progress bars, if there are several.
 
     Raises:
-        InputError: The model gave frames that are no numbers.
+        InputError: The frames contain NaN or Inf.
     """
     clock = _Clock(pipeline, screen, device, label)
     tells_steps = "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
@@ -87,7 +87,7 @@ def run_timed(pipeline: Any, arguments: dict[str, Any], *, screen: Display, devi
     finally:
         del pipeline.progress_bar
     if not np.isfinite(clip.frames).all():
-        raise InputError("the model gave frames that are no numbers; try another --dtype, or its weights are damaged")
+        raise InputError("the frames contain NaN or Inf; try another --dtype, or check the weights")
     return clip
 
 

@@ -65,19 +65,19 @@ def check_target(path: Path, suffixes: tuple[str, ...] | None = SUFFIXES, *, new
     """
     check_name(path)
     if os.path.isdir(path):
-        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+        raise InputError(f"cannot write {path}: it is a folder; pass a file name")
     if suffixes is not None and path.suffix.lower() not in suffixes:
         there = "" if path.suffix else "there is no such folder, and "
         raise InputError(f"cannot write {path}: {there}the name of the file must end with {' or '.join(suffixes)}")
     check_folder(path.parent, new=new_folder)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
+        raise InputError(f"cannot write {path}: it is a device or a pipe; pass a file name")
     if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise InputError(f"cannot write {path}: the file is there and is read-only")
+        raise InputError(f"cannot write {path}: the file exists and is read-only")
 
 
 def check_name(path: Path) -> None:
-    """Check that a name is no longer than file systems allow.
+    """Check that a name is not longer than file systems allow.
 
     Args:
         path: A file or a folder.
@@ -110,9 +110,9 @@ def check_folder(folder: Path, *, new: bool = False, option: str = "--output") -
     if not os.path.lexists(folder):
         raise InputError(f"the folder {folder} does not exist; make it with: mkdir -p {folder}")
     if not os.path.isdir(folder):
-        raise InputError(f"{folder} is a file, not a folder; give another place with {option}")
+        raise InputError(f"{folder} is a file, not a folder; pass another path to {option}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"the folder {folder} cannot be written; give another place with {option}")
+        raise InputError(f"the folder {folder} cannot be written; pass another path to {option}")
 
 
 def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable[[], object] = lambda: None) -> None:
@@ -125,7 +125,7 @@ def write_video(frames: np.ndarray, path: Path, *, fps: float, advance: Callable
         advance: Called after each frame.
 
     Raises:
-        InputError: What was written is no whole video, as on a full disk.
+        InputError: The written video is incomplete, as on a full disk.
     """
     import imageio
 
@@ -209,10 +209,10 @@ class VideoFile:
             path: The file.
 
         Raises:
-            InputError: It does not exist or is no video.
+            InputError: It does not exist or is not a video.
         """
         if not os.path.isfile(path):
-            raise InputError(f"there is no video {path}")
+            raise InputError(f"no video {path} was found")
         try:
             with _reader(path) as reader:
                 meta = reader.get_meta_data()
@@ -231,4 +231,4 @@ class VideoFile:
             try:
                 yield from reader
             except (RuntimeError, OSError) as error:
-                raise InputError(f"{self.path} breaks off in the middle; is it complete?") from error
+                raise InputError(f"{self.path} ends in the middle of a frame; is it complete?") from error
