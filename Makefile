@@ -46,13 +46,16 @@ results: demo  ## Put the pictures and numbers of `make demo` into the README, a
 	cp "$(basename $(OUTPUT)).json" benches/results/demo.json
 	$(PY) docs/results.py benches/results/demo.json
 
+# A process for each core, each with one thread; ARGS="-n 0" runs the tests in one process.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
 .PHONY: test
 test: $(VENV)/.ready-dev  ## Run all tests
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 .PHONY: test-fast
 test-fast: $(VENV)/.ready-dev  ## Run the tests that take seconds
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # The Triton of the oldest PyTorch that is supported on a GPU; it compiles beside any PyTorch.
 OLD_TRITON := 3.6.0
@@ -65,7 +68,7 @@ $(OLD_TRITON_AT)/.ready: $(VENV)/.ready-dev
 .PHONY: gate
 gate: $(OLD_TRITON_AT)/.ready  ## Compile the Triton kernels with an older Triton (`make test` does so with the installed one)
 	PYTHONPATH=$(OLD_TRITON_AT) $(PY) -c 'import triton; assert triton.__version__ == "$(OLD_TRITON)", triton'
-	PYTHONPATH=$(OLD_TRITON_AT) $(PY) -m pytest tests/test_kernels_compile.py $(ARGS)
+	PYTHONPATH=$(OLD_TRITON_AT) $(PYTEST) tests/test_kernels_compile.py $(ARGS)
 
 .PHONY: style
 style: $(VENV)/.ready-dev  ## Format the code and mend what can be mended

@@ -1,4 +1,4 @@
-"""The Triton kernels that choose blocks, run by Triton's interpreter. Run by test_choice.py with TRITON_INTERPRET=1."""
+"""Triton kernels that choose blocks, in Triton's interpreter. Run by test_interpreter.py with TRITON_INTERPRET=1."""
 
 import itertools
 

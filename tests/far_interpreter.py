@@ -1,4 +1,4 @@
-"""Offsets past 2**31, in Triton's interpreter. Run by test_offsets.py with TRITON_INTERPRET=1.
+"""Offsets past 2**31, in Triton's interpreter. Run by test_interpreter.py with TRITON_INTERPRET=1.
 
 Inputs lie far apart, and results must be those of inputs that lie close. Contiguous inputs, results and workspaces
 have more than 2**31 elements; there only the first and the last program run, nothing that large is read or written, and

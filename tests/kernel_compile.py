@@ -163,7 +163,9 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([_disassembler(), "-c", file.name], capture_output=True, text=True, check=True)
+        # Without its analysis of jumps, which no check reads, it takes two thirds of the time.
+        command = [_disassembler(), "--print-code", "--no-dataflow", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter. Run by test_kernels.py with TRITON_INTERPRET=1."""
+"""The Triton kernels, run by Triton's interpreter. Run by test_interpreter.py with TRITON_INTERPRET=1."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels in low precision, run by Triton's interpreter. Run by test_precision.py with TRITON_INTERPRET=1."""
+"""The kernels in low precision, run by Triton's interpreter. Run by test_interpreter.py with TRITON_INTERPRET=1."""
 
 import math
 from dataclasses import replace

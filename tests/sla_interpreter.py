@@ -1,4 +1,4 @@
-"""The kernels of linear attention, run by Triton's interpreter. Run by test_sla_kernel.py with TRITON_INTERPRET=1."""
+"""The kernels of linear attention, run by Triton's interpreter. Run by test_interpreter.py with TRITON_INTERPRET=1."""
 
 from dataclasses import replace
 

@@ -1,10 +1,5 @@
 """Gradients of the Triton kernel, and the lists turned round that keys and values need for theirs."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from backward_cases import check_gradients
@@ -14,17 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastdit.attention.kernels.transposed import transposed_lists
 from fastdit.attention.kernels.triton.tiles import choose_backward
 from fastdit.mask import BlockMask
-
-HERE = Path(__file__).parent
-
-
-def test_triton_in_the_interpreter():
-    """Runs tests/backward_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "backward_interpreter.py"]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -1,11 +1,7 @@
 """The choice of blocks on a device, and tokens taken through a layout."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,21 +17,11 @@ from fastdit.layout import TokenLayout
 from fastdit.mask import BlockMask
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
 
-HERE = Path(__file__).parent
 SPECS = [
     TokenSpec(VideoGrid(3, 5, 7)),
     TokenSpec(VideoGrid(3, 5, 7), 9, text_first=True),
     TokenSpec(VideoGrid(2, 4, 4)),
 ]
-
-
-def test_kernels_in_the_interpreter():
-    """Runs tests/choice_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "choice_interpreter.py"]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def layout_of(spec, heads):

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,15 +32,6 @@ def test_the_default_device_of_torch_does_not_matter(kernel, compensate):
     with torch.device("meta"):
         found = block_sparse_attention(*tensors, mask, kernel=kernel, compensate=compensate)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_triton_in_the_interpreter():
-    """Runs tests/kernel_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "kernel_interpreter.py"]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -1,9 +1,8 @@
 """Every entry of the Triton tables compiles for its GPU into the code it was chosen for. No GPU is needed."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,28 +19,19 @@ from fastdit.attention.kernels.triton.tiles import CANDIDATES, TABLE, Config, ch
 ENTRIES = entries()
 
 
-def compile_named(name):
-    return compile_entry(ENTRIES[name])
-
-
-@pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory):
-    """Compile what the chosen tests need, in as many processes as there are cores."""
-    tests = [item for item in request.session.items if getattr(item, "function", None) is test_is_clean]
-    names = [test.callspec.params["name"] for test in tests]
-    processes = min(len(names), len(os.sched_getaffinity(0)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            yield {name: pool.submit(compile_named, name) for name in names}
-            pool.shutdown(cancel_futures=True)
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache():
+    """Write compiled kernels to a folder that is removed: whatever is there already is not read."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", folder)
+        yield
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(e.name, marks=() if e.quick else pytest.mark.slow) for e in ENTRIES.values()]
 )
-def test_is_clean(name, compiled):
-    built = compiled[name].result()
+def test_is_clean(name):
+    built = compile_entry(ENTRIES[name])
     assert faults(ENTRIES[name], built) == [], built
 
 

@@ -1,10 +1,6 @@
 """Low precision against a definition written out block by block, and against what rounding must cost."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from fastdit.attention.kernels.quantize import int8_products, quantize_blocks, q
 from fastdit.attention.kernels.triton.tiles import choose_int8_config, int8_reason
 from fastdit.mask import BlockMask
 
-HERE = Path(__file__).parent
 INT8_RMS = 1 / math.sqrt(12)  # of a step: an error spread evenly over it
 E4M3_RMS = 2**-3 * INT8_RMS / math.sqrt(7 / 3)  # of the magnitude: 3 bits after the point, mantissas spread evenly
 
@@ -204,16 +199,6 @@ def test_no_backward(kernel):
         block_sparse_attention(*tensors, mask, kernel=kernel, precision="int8")
     with torch.no_grad():
         assert attention(*tensors, mask, precision="int8")[0].isfinite().all()
-
-
-@pytest.mark.slow
-def test_triton_in_the_interpreter():
-    """Runs tests/precision_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "precision_interpreter.py"]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -1,10 +1,6 @@
 """Linear attention in Triton, and the choice between it and eager code."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,18 +12,6 @@ from fastdit.attention.kernels.triton.linear import tiles as triton_sla_config
 from fastdit.attention.methods.sla import linear, sla
 from fastdit.attention.methods.sla.linear import choose_linear, linear_attention
 from fastdit.tokens import AttentionCall, TokenSpec, VideoGrid
-
-HERE = Path(__file__).parent
-
-
-@pytest.mark.slow
-def test_triton_in_the_interpreter():
-    """Runs tests/sla_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "sla_interpreter.py"]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

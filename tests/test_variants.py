@@ -1,26 +1,10 @@
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from kernel_cases import CASES, Case, check_against_reference
 
 from fastdit.attention.kernels import block_sparse_attention
-
-HERE = Path(__file__).parent
-
-
-@pytest.mark.slow
-def test_variants_in_the_interpreter():
-    """Runs tests/variant_interpreter.py in its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "variant_interpreter.py"]
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

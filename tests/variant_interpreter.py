@@ -1,4 +1,4 @@
-"""Variants of the forward kernel, run by Triton's interpreter. Run by test_variants.py with TRITON_INTERPRET=1."""
+"""Variants of the forward kernel, run by Triton's interpreter. Run by test_interpreter.py with TRITON_INTERPRET=1."""
 
 from dataclasses import replace
 
