@@ -97,7 +97,9 @@ def masks_name(path: Path, digest: str) -> str:
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise PlanError(f"the masks of the plan would be named {shown(name)}, which is too long; shorten its name")
     if re.fullmatch(_BESIDE, name) is None:
-        raise PlanError(f"the masks of the plan would be named {shown(name)}, which is no plain name; rename the plan")
+        raise PlanError(
+            f"the masks of the plan would be named {shown(name)}, which must be a plain name; give the plan another one"
+        )
     return name
 
 
