@@ -10,6 +10,10 @@ from functools import partial
 import pytest
 from cli_runs import ENVIRONMENT, listing, small, spawn
 
+# Port 0: the system chooses a free one, so that several tests can run at once.
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+LAUNCHER = (*LAUNCH, "-m", "fastdit")
+
 
 def test_json_is_all_there_is_on_stdout(tmp_path):
     done = spawn(*small("a cat", "-o", "cat.mp4", "--compare", "--json"), cwd=tmp_path)
@@ -57,8 +61,7 @@ def test_processes_divide_the_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
     (tmp_path / "out").mkdir()
     arguments = small("--prompts", "prompts.txt", "-o", "out", "--report", "r.json", "--json", "--method", "radial")
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "fastdit")
-    done = spawn(*arguments, cwd=tmp_path, launcher=launcher)
+    done = spawn(*arguments, cwd=tmp_path, launcher=LAUNCHER)
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     assert [clip["prompt"] for clip in value["clips"]] == ["a cat", "a dog", "a bird"]
@@ -74,8 +77,7 @@ def test_processes_divide_the_prompts(tmp_path):
 
 @pytest.mark.slow
 def test_more_processes_than_prompts(tmp_path):
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "fastdit")
-    done = spawn(*small("a cat", "-o", "cat.mp4"), cwd=tmp_path, launcher=launcher)
+    done = spawn(*small("a cat", "-o", "cat.mp4"), cwd=tmp_path, launcher=LAUNCHER)
     assert done.returncode == 0, done.stderr
     assert listing(tmp_path) == ["cat.mp4"] and done.stdout.count("end to end") == 1
 
