@@ -139,7 +139,8 @@ def load_model(source: ModelSource, *, device: str, dtype: torch.dtype, offload:
         pipeline.enable_group_offload(torch.device(device), offload_type="leaf_level")
     else:
         pipeline.to(device)
-    for transformer in find_transformers(pipeline).values() if compiled else ():
+    transformers: list[Any] = list(find_transformers(pipeline).values()) if compiled else []
+    for transformer in transformers:
         if getattr(transformer, "_repeated_blocks", None):
             transformer.compile_repeated_blocks()
         else:
