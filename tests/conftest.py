@@ -18,7 +18,7 @@ def pytest_xdist_auto_num_workers():
 
 def pytest_collection_modifyitems(items):
     """Start with the longest tests, so that no core is left with one of them at the end."""
-    items.sort(key=lambda item: LONG not in item.name)
+    items.sort(key=lambda item: (LONG not in item.name, item.get_closest_marker("slow") is None))
 
 
 def pytest_configure():
