@@ -298,7 +298,7 @@ def damaged(path, kind):
         ("cut off", ("cannot be loaded", "transformer")),
         ("missing", ("cannot be loaded",)),
         ("foreign", ("does not hold the weights of a WanTransformer3DModel", "missing")),
-        ("not finite", ("no numbers",)),
+        ("not finite", ("NaN or Inf",)),
         ("index", ("model_index.json is damaged",)),
         (("_class_name", "NoSuchPipeline"), ("class NoSuchPipeline", "diffusers")),
         (("transformer", ["diffusers", "NoSuchTransformer"]), ("class NoSuchTransformer",)),

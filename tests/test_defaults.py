@@ -188,7 +188,7 @@ def test_info_reads_no_weights(tmp_path):
 
 
 def test_info_of_no_model(tmp_path):
-    for name, message in ((tmp_path, "has no model_index.json"), ("nowhere", "there is no model 'nowhere'")):
+    for name, message in ((tmp_path, "has no model_index.json"), ("nowhere", "no model 'nowhere' was found")):
         missing = run("info", "--model", name)
         assert missing.exit_code == 2 and message in " ".join(missing.stderr.split()) and not missing.stdout
     assert not listing(tmp_path)

@@ -274,7 +274,7 @@ def test_default_clip_is_large_enough():
 
 def test_missing_weights_are_said(monkeypatch, tmp_path):
     monkeypatch.setattr("fastdit.demo.WEIGHTS", tmp_path)
-    with pytest.raises(DemoWeightsError, match="not there"):
+    with pytest.raises(DemoWeightsError, match="weights are missing"):
         load_pipeline()
 
 

@@ -101,7 +101,7 @@ def test_rows_of_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(fastdit.bench.suites, "find_problems", lambda names: [PROBLEM] if list(names) else [])
     place = ("--problems", "tiny", "--repeats", "1", "-o", tmp_path / "rows.jsonl")
     refused = run("bench", "e2e", "--settings", "draft", *place)
-    assert refused.exit_code == 2 and "draft runs at a density, and none is given" in refused.stderr
+    assert refused.exit_code == 2 and "draft needs a density; pass --densities" in refused.stderr
     dense, row = run_json("bench", "e2e", *place)["rows"]
     assert row["weights"] == "random" and row["job"] == "wan-1.3b-tiny, random weights" and "psnr" not in row
     assert row["speedup"] == pytest.approx(dense["seconds"] / row["seconds"])
