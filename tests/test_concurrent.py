@@ -19,7 +19,7 @@ METHODS = {
     "profiled": {"method": "profiled", "density": 0.4},
 }
 PASSES = 2
-WARM = 20
+WARM = 10
 """Videos after which every size was there."""
 SCHEDULE = fastdit.Schedule(warmup_steps=0.25, refresh_steps=2)
 
